@@ -1,0 +1,70 @@
+"""The paged key/value cache (Kwon et al., arXiv:2309.06180).
+
+One tensor per layer, [P, 2, G, S, K]: pages, key and value, heads, S = 64 tokens, head size. One head's page is
+one contiguous block, which suits bulk copies, TMA, and sharding by head. All layers share the page numbers,
+so a sequence has one block table.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pyllama.config import GQAConfig, ModelConfig
+
+PAGE_SIZE = 64
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // PAGE_SIZE)
+
+
+def page_shape(attention: GQAConfig) -> tuple[int, ...]:
+    """Shape of one page of a layer's cache: [2, G, S, K]."""
+    return (2, attention.num_kv_heads, PAGE_SIZE, attention.head_dim)
+
+
+def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that one page takes over all layers."""
+    shapes = (page_shape(layer.attention) for layer in config.layers)
+    return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
+
+
+class PagedCache:
+    """Keys and values of many sequences, in pages handed out one by one.
+
+    Pages are not cleared: what a sequence has not written holds anything, and no op reads it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        try:
+            self.layers = [
+                torch.empty((num_pages, *page_shape(layer.attention)), device=device, dtype=dtype)
+                for layer in config.layers
+            ]
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            gib = num_pages * bytes_per_page(config, dtype) / 2**30
+            raise MemoryError(
+                f"a cache of {num_pages * PAGE_SIZE} tokens needs {gib:.2f} GiB on {device}, not all free; "
+                "use fewer sequences, shorter prompts or a smaller max_new_tokens"
+            ) from error
+        self.num_pages = num_pages
+        self._free = list(reversed(range(num_pages)))
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def allocate(self, pages: int) -> list[int]:
+        """Takes `pages` page numbers out of the free ones; MemoryError when there are not that many."""
+        if pages > len(self._free):
+            raise MemoryError(
+                f"{pages} cache pages asked for, {len(self._free)} of {self.num_pages} are free"
+            )
+        return [self._free.pop() for _ in range(pages)]
+
+    def free(self, pages: list[int]) -> None:
+        """Gives pages back; each must have been allocated."""
+        self._free.extend(reversed(pages))

@@ -1,0 +1,137 @@
+"""The model: embedding, layers, norm, head. T tokens, B sequences, D hidden size, V vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyllama.batch import Batch, Packed
+from pyllama.cache import PagedCache
+from pyllama.config import ModelConfig, MoEConfig, RopeConfig
+from pyllama.layers.ffn import Routing
+from pyllama.layers.layer import Layer
+from pyllama.layers.norm import RMSNorm
+from pyllama.layers.rope import cos_sin_table
+
+if TYPE_CHECKING:
+    from pyllama.tokenizer import Tokenizer
+
+
+class LMOutput(NamedTuple):
+    """What `model(token_ids, labels)` returns."""
+
+    logits: Tensor  # [B, T, V]
+    loss: Tensor  # cross entropy per predicted token, plus the weighted load-balancing loss
+    aux_loss: Tensor | None  # the load-balancing loss, unweighted; None without MoE layers
+
+
+class Model(nn.Module):
+    """A language model as its `ModelConfig` says.
+
+    `model(token_ids)` computes whole sequences and has gradients; `model.run` continues sequences over a
+    paged cache and is for inference. The loader sets `tokenizer` and `eos_token_ids`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
+        self.eos_token_ids: frozenset[int] = frozenset()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Layer(layer, config.hidden_size, config.norm_eps) for layer in config.layers
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self._cos_sin: dict[RopeConfig, Tensor] = {}  # derived from the config, grown as contexts need it
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def forward(self, token_ids: Tensor, labels: Tensor | None = None) -> Tensor | LMOutput:
+        """Logits of whole sequences, and the training loss where `labels` are given.
+
+        token_ids: integers [B, T]; labels: the same shape, the token ids themselves (they are shifted here),
+        -100 where a token is not to be predicted. Returns logits [B, T, V], or an `LMOutput`.
+        Raises ValueError for another shape or dtype, or for more tokens than the context.
+        """
+        if token_ids.ndim != 2 or token_ids.is_floating_point():
+            raise ValueError(
+                f"token_ids must be integers [B, T], got {token_ids.dtype} {list(token_ids.shape)}"
+            )
+        sequences, tokens = token_ids.shape
+        if tokens > self.config.max_positions:
+            raise ValueError(f"{tokens} tokens do not fit the context of {self.config.max_positions}")
+        if labels is not None and labels.shape != token_ids.shape:
+            raise ValueError(
+                f"labels {list(labels.shape)} must have token_ids' shape {list(token_ids.shape)}"
+            )
+        batch = Packed.rectangle(sequences, tokens, token_ids.device)
+        x_TD, routings = self._hidden(token_ids.flatten(), batch, None)
+        logits = self._logits(x_TD).unflatten(0, (sequences, tokens))
+        if labels is None:
+            return logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        aux_loss = load_balancing_loss(routings)
+        if aux_loss is not None:
+            coefficients = {c.ffn.aux_loss_coef for c in self.config.layers if isinstance(c.ffn, MoEConfig)}
+            loss = loss + max(coefficients) * aux_loss
+        return LMOutput(logits, loss, aux_loss)
+
+    def run(self, token_ids: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
+        """Computes new tokens of cached sequences: integers [T] -> logits [B, V] of each one's last token."""
+        x_TD, _ = self._hidden(token_ids, batch, cache)
+        last = batch.cu_seqlens[1:] - 1
+        # One token a sequence (decoding): every token is its sequence's last.
+        return self._logits(x_TD if len(token_ids) == len(last) else x_TD[last])
+
+    def _hidden(
+        self, token_ids: Tensor, batch: Packed, cache: PagedCache | None
+    ) -> tuple[Tensor, list[Routing]]:
+        x_TD, residual_TD = self.embedding(token_ids), None
+        routings = []
+        for i, layer in enumerate(self.layers):
+            cos_sin = self._cos_sin_for(self.config.layers[i].attention.rope, batch.max_positions)
+            kv_cache = None if cache is None else cache.layers[i]
+            x_TD, residual_TD, routing = layer(x_TD, residual_TD, batch, cos_sin, kv_cache)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm.add(x_TD, residual_TD)[0], routings
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.embedding.weight if self.head is None else self.head.weight)
+
+    def _cos_sin_for(self, rope: RopeConfig | None, positions: int) -> Tensor | None:
+        """The table of at least `positions` rows; a power of two, so that it seldom grows."""
+        if rope is None:
+            return None
+        table = self._cos_sin.get(rope)
+        if table is None or len(table) < positions or table.device != self.device:
+            rows = 1 << max(positions - 1, 255).bit_length()
+            table = self._cos_sin[rope] = cos_sin_table(rope, rows, self.device)
+        return table
+
+
+def load_balancing_loss(routings: list[Routing]) -> Tensor | None:
+    """The Switch Transformer's loss (Fedus et al., arXiv:2101.03961, eq. 4), over the tokens of all layers.
+
+    E * sum over experts of (share of choices that fell on it) * (mean router probability); as transformers'
+    `load_balancing_loss_func`. None without a routing.
+    """
+    if not routings:
+        return None
+    probabilities = torch.cat([routing.logits for routing in routings]).float().softmax(dim=-1)
+    experts = torch.cat([routing.experts for routing in routings]).long()
+    num_experts = probabilities.shape[-1]
+    load = F.one_hot(experts, num_experts).sum(dim=1).float().mean(dim=0)
+    return num_experts * torch.sum(load * probabilities.mean(dim=0))
