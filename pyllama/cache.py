@@ -1,8 +1,8 @@
 """The paged key/value cache (Kwon et al., arXiv:2309.06180).
 
-One tensor per layer, [P, 2, G, S, K]: pages, key and value, heads, S = 64 tokens, head size. One head's page is
-one contiguous block, which suits bulk copies, TMA, and sharding by head. All layers share the page numbers,
-so a sequence has one block table.
+One tensor per layer, [P, 2, G, S, K]: pages, key and value, heads, S = 64 tokens, head size. One head's page
+is one contiguous block, which suits bulk copies, TMA, and sharding by head. All layers share the page
+numbers, so a sequence has one block table.
 """
 
 from __future__ import annotations
