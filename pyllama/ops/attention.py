@@ -1,0 +1,92 @@
+"""Causal attention with grouped queries (Ainslie et al., arXiv:2305.13245) over ragged sequences.
+
+T query tokens, H query heads, G key/value heads, K head size, V value head size, n and m one sequence's queries and
+keys. `attend` is also the body of paged_attention and mla_paged_attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyllama.ops.registry import op
+
+
+def _like_queries(q: Tensor, k: Tensor, v: Tensor, *args: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@op(
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
+    "float? scale=None, int? window=None) -> Tensor",
+    fake=_like_queries,
+    q="T H K",
+    k="keys G K",
+    v="keys G V",
+    cu_seqlens_q="int32: B+1",
+    cu_seqlens_k="int32: B+1",
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(q k^T scale) v per sequence and head, causal, aligned at the end of the keys.
+
+    q: [T, H, K]; k: [keys, G, K]; v: [keys, G, V]; H a multiple of G; result: [T, H, V]. cu_seqlens_q, cu_seqlens_k:
+    int32 [B + 1], where sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]; max_seqlen_q, max_seqlen_k: the
+    longest sequence. The last query of a sequence sees its last key, the one before all but the last, and so on.
+    scale: None for K**-0.5. window: a query sees the last `window` keys, its own included; None for all.
+    A query that sees no key gives 0. Raises ValueError for shapes or values that do not fit.
+    """
+    check_heads("attention", q.shape[1], k.shape[1], window)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    sequences = [
+        attend(q[q0:q1], k[k0:k1].transpose(0, 1), v[k0:k1].transpose(0, 1), scale, window)
+        for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)
+    ]
+    return joined(sequences, q, v.shape[2])
+
+
+def attend(q_nHK: Tensor, k_GmK: Tensor, v_GmV: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of one sequence, [n, H, V], in float32 or wider."""
+    n, m = q_nHK.shape[0], k_GmK.shape[1]
+    if n > m:  # the first queries see no key
+        seeing = attend(q_nHK[n - m :], k_GmK, v_GmV, scale, window)
+        return F.pad(seeing, (0, 0, 0, 0, n - m, 0))
+    if window is not None and m > n - 1 + window:  # keys that no query sees
+        k_GmK, v_GmV = k_GmK[:, m - (n - 1 + window) :], v_GmV[:, m - (n - 1 + window) :]
+        m = n - 1 + window
+    if m == 0:
+        return q_nHK.new_zeros(n, q_nHK.shape[1], v_GmV.shape[2])
+    q_HnK, k_GmK, v_GmV = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q_nHK.transpose(0, 1), k_GmK, v_GmV))
+    windowed = window is not None and window < m and n > 1
+    mask = None
+    if windowed or 1 < n < m:
+        age = torch.arange(m - n, m, device=q_nHK.device)[:, None] - torch.arange(m, device=q_nHK.device)
+        mask = age >= 0 if window is None else (age >= 0) & (age < window)
+    out_HnV = F.scaled_dot_product_attention(
+        q_HnK[None], k_GmK[None], v_GmV[None], mask, is_causal=mask is None and n > 1, scale=scale, enable_gqa=True
+    )
+    return out_HnV[0].transpose(0, 1)
+
+
+def joined(sequences: list[Tensor], q_THK: Tensor, V: int) -> Tensor:
+    """The sequences' results one after another, in the queries' data type."""
+    if not sequences:
+        return q_THK.new_empty(0, q_THK.shape[1], V)
+    out = sequences[0] if len(sequences) == 1 else torch.cat(sequences)
+    return out.to(q_THK.dtype).contiguous()
+
+
+def check_heads(op: str, H: int, G: int, window: int | None) -> None:
+    if H % G:
+        raise ValueError(f"{op}: q has H = {H} heads, but must have a multiple of the keys' G = {G}")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window is {window}, but must be at least 1 (or None)")

@@ -1,0 +1,28 @@
+"""Sorting tokens by expert. T tokens, E experts, N experts per token, M = T * N sorted rows."""
+
+import torch
+from torch import Tensor
+
+from pyllama.ops.registry import op
+
+
+@op(
+    "(Tensor indices, int num_experts) -> (Tensor rows, Tensor offsets, Tensor positions)",
+    differentiable=False,
+    indices="int32: T N",
+)
+def moe_dispatch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A stable counting sort of the T * N (token, choice) pairs by expert.
+
+    indices: int32 [T, N], experts in [0, num_experts). Results, all int32: rows [T*N], the token of each sorted row;
+    offsets [E + 1], where expert e owns sorted rows offsets[e] to offsets[e + 1]; positions [T, N], the sorted row of
+    each pair. Raises ValueError for shapes that do not fit.
+    """
+    T, N = indices.shape
+    experts_M, order_M = indices.flatten().sort(stable=True)
+    bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=indices.device)
+    offsets = torch.searchsorted(experts_M, bounds, out_int32=True)
+    rows_M = (order_M // N).to(torch.int32) if N else order_M.to(torch.int32)
+    positions_M = torch.empty_like(rows_M)
+    positions_M[order_M] = torch.arange(T * N, dtype=torch.int32, device=indices.device)
+    return rows_M, offsets, positions_M.view(T, N)

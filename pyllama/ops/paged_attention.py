@@ -1,0 +1,53 @@
+"""Attention of new tokens over a paged key/value cache (Kwon et al., arXiv:2309.06180).
+
+T query tokens, B sequences, H query heads, G key/value heads, K head size, P cache pages, S page size.
+"""
+
+import torch
+from torch import Tensor
+
+from pyllama.ops.attention import attend, check_heads, joined
+from pyllama.ops.registry import op
+
+
+def _like_queries(q: Tensor, *args: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@op(
+    "(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor seq_lens, int max_seqlen_q, "
+    "float? scale=None, int? window=None) -> Tensor",
+    fake=_like_queries,
+    q="T H K",
+    kv_cache="P 2 G S K",
+    block_table="int32: B max_pages",
+    cu_seqlens_q="int32: B+1",
+    seq_lens="int32: B",
+)
+def paged_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    max_seqlen_q: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`attention` of each sequence's new tokens over its cache, which already holds them.
+
+    q: [T, H, K], may be a strided view; kv_cache: [P, 2, G, S, K], keys and values; H a multiple of G; result:
+    [T, H, K]. block_table: int32 [B, max_pages], sequence b's tokens i*S to (i+1)*S are in page block_table[b, i].
+    seq_lens: int32 [B], tokens in the cache, the new ones included. cu_seqlens_q: int32 [B + 1], sequence b's queries;
+    max_seqlen_q: the most of any sequence, 1 in decode. scale, window: as in `attention`. Entries of block_table and
+    places of pages beyond a sequence's length are never read. Raises ValueError for shapes that do not fit.
+    """
+    _, _, G, S, K = kv_cache.shape
+    check_heads("paged_attention", q.shape[1], G, window)
+    scale = K**-0.5 if scale is None else scale
+    ends, sequences = cu_seqlens_q.tolist(), []
+    for b, length in enumerate(seq_lens.tolist()):
+        pages = block_table[b, : (length + S - 1) // S]
+        k_GmK, v_GmK = kv_cache.permute(1, 2, 0, 3, 4).index_select(2, pages).flatten(2, 3)[:, :, :length].unbind()
+        sequences.append(attend(q[ends[b] : ends[b + 1]], k_GmK, v_GmK, scale, window))
+    return joined(sequences, q, K)

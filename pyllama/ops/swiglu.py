@@ -1,0 +1,19 @@
+"""SwiGLU activation (Shazeer, arXiv:2002.05202). F feed-forward size."""
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from pyllama.ops.registry import op
+
+
+@op("(Tensor x) -> Tensor", x="... features")
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up. x: [..., 2F], gate first, then up; result: [..., F].
+
+    Computed in float32 or wider and rounded once. Raises ValueError for an odd last dimension.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"swiglu: x's last dimension is {x.shape[-1]}, but must be even: 2F, gate and up")
+    gate, up = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return (functional.silu(gate) * up).to(x.dtype).contiguous()
