@@ -1,0 +1,156 @@
+// op.h - between torch and a kernel's launch: checks of the arguments, the device and its stream, the table
+// of kernels. Everything here is LibTorch's stable ABI, so one binary serves every torch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/device.h"
+#include "common/table.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Only torch's CUDA builds have it: there libtorch.so brings it, elsewhere its address is null and nothing
+// calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+// While it lives, the tensor's GPU is the current one; `stream` is torch's current stream there.
+class DeviceScope {
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+
+  public:
+    cudaStream_t stream = nullptr;
+
+    explicit DeviceScope(const Tensor& tensor) {
+        if (!tensor.is_cuda()) return;  // the CPU tensors of an emulated kernel
+        guard_.emplace(tensor.get_device_index());
+        void* current = nullptr;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+        stream = static_cast<cudaStream_t>(current);
+    }
+};
+
+// A tensor whose last dimension is contiguous, all others taken as one.
+struct Rows {
+    int64_t count, stride;  // stride in elements
+};
+
+// The checks of one op's arguments. Dimensions have names: a name stands for the size that it first meets, and
+// must meet the same size from then on. Whatever is wrong becomes a ValueError in Python.
+class Arguments {
+    struct Dimension {
+        const char* name;
+        int64_t size;
+        const char* tensor;  // where it was met first
+    };
+
+    const char* op_;
+    const Tensor* first_ = nullptr;
+    const char* first_name_ = nullptr;
+    std::vector<Dimension> dimensions_;
+
+    static std::string device(const Tensor& t) {
+        return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+    }
+
+    static std::string shape(const Tensor& t) {
+        std::string text;
+        for (const int64_t size : t.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
+        return "[" + text + "]";
+    }
+
+    const Dimension* find(const char* name) const {
+        for (const Dimension& d : dimensions_)
+            if (std::strcmp(d.name, name) == 0) return &d;
+        return nullptr;
+    }
+
+  public:
+    explicit Arguments(const char* op) : op_(op) {}
+
+    template <class... Parts>
+    [[noreturn]] void fail(const Parts&... message) const {
+        std::ostringstream text;
+        text << op_ << ": ";
+        (text << ... << message);
+        throw std::invalid_argument(text.str());
+    }
+
+    // Checks a tensor's shape, e.g. {"T", "D"}, or {"...", "D"} for any leading dimensions; and that it is where
+    // the op's first tensor is.
+    void tensor(const char* name, const Tensor& t, std::initializer_list<const char*> shape_names) {
+        if (!first_) first_ = &t, first_name_ = name;
+        if (t.is_cuda() != first_->is_cuda() || t.get_device_index() != first_->get_device_index())
+            fail(name, " is on ", device(t), ", but ", first_name_, " is on ", device(*first_));
+
+        const bool leading = std::strcmp(*shape_names.begin(), "...") == 0;
+        const int64_t named = int64_t(shape_names.size()) - leading, skipped = t.dim() - named;
+        if (leading ? skipped < 0 : skipped != 0) {
+            std::string expected;
+            for (const char* n : shape_names) expected += (expected.empty() ? "" : ", ") + std::string(n);
+            fail(name, " must have shape [", expected, "], but has ", shape(t));
+        }
+        for (int64_t i = 0; i < named; ++i) {
+            const char* dimension = shape_names.begin()[i + leading];
+            const int64_t size = t.size(skipped + i);
+            const Dimension* met = find(dimension);
+            if (!met)
+                dimensions_.push_back({dimension, size, name});
+            else if (met->size != size)
+                fail(name, " of shape ", shape(t), " has ", dimension, " = ", size, ", but ", met->tensor, " has ",
+                     dimension, " = ", met->size);
+        }
+    }
+
+    // The size of a dimension that a tensor was checked with.
+    int64_t operator[](const char* dimension) const { return find(dimension)->size; }
+
+    void same_dtype(const char* name, const Tensor& t) const {
+        if (t.scalar_type() != first_->scalar_type()) fail(name, " must have the dtype of ", first_name_);
+    }
+
+    // The tensor's rows, each of which starts at a multiple of 16 bytes, for access in vectors.
+    Rows rows(const char* name, const Tensor& t) const {
+        const int64_t last = t.dim() - 1, element_size = t.element_size();
+        Rows rows{1, t.size(last)};
+        bool regular = t.stride(last) == 1 || t.size(last) == 1;
+        for (int64_t i = last - 1; i >= 0; --i) {
+            if (t.size(i) == 1) continue;
+            if (rows.count == 1) rows.stride = t.stride(i);
+            regular = regular && t.stride(i) == rows.count * rows.stride;
+            rows.count *= t.size(i);
+        }
+        if (rows.count != 0 && !regular)
+            fail(name,
+                 " must be contiguous, or have contiguous rows at equal distances: call .contiguous() on it");
+        if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0 || rows.stride * element_size % 16 != 0)
+            fail(name, " must have every row at a multiple of 16 bytes: call .clone() on it");
+        return rows;
+    }
+};
+
+// Calls f with a value of the tensor's element type: float, __half or __nv_bfloat16.
+template <class F>
+void with_float_type(const Arguments& arguments, const char* name, const Tensor& t, F f) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float:
+            return f(float{});
+        case ScalarType::Half:
+            return f(__half{});
+        case ScalarType::BFloat16:
+            return f(__nv_bfloat16{});
+        default:
+            arguments.fail(name, " must be float32, float16 or bfloat16");
+    }
+}

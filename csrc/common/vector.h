@@ -1,0 +1,48 @@
+// vector.h - 16 bytes, the widest access of a thread, as elements of T; arithmetic is on pairs of floats.
+#pragma once
+
+#include "common/device.h"
+
+template <class T>
+struct PairOf;
+template <>
+struct PairOf<float> {
+    using type = float2;
+};
+template <>
+struct PairOf<__half> {
+    using type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+    using type = __nv_bfloat162;
+};
+
+__device__ inline float2 to_floats(float2 v) { return v; }
+__device__ inline float2 to_floats(__half2 v) { return __half22float2(v); }
+__device__ inline float2 to_floats(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+
+__device__ inline void from_floats(float2& pair, float2 v) { pair = v; }
+__device__ inline void from_floats(__half2& pair, float2 v) { pair = __float22half2_rn(v); }
+__device__ inline void from_floats(__nv_bfloat162& pair, float2 v) { pair = __float22bfloat162_rn(v); }
+
+template <class T>
+struct Vector {
+    using Pair = typename PairOf<T>::type;
+    static constexpr int size = 16 / sizeof(T), pairs = size / 2;
+
+    uint4 bits{};  // zeros
+
+    __device__ float2 get(int i) const { return to_floats(reinterpret_cast<const Pair*>(&bits)[i]); }
+    __device__ void set(int i, float2 v) { from_floats(reinterpret_cast<Pair*>(&bits)[i], v); }
+};
+
+// The i-th vector of an array of T, which is aligned to 16 bytes.
+template <class T>
+__device__ inline Vector<T> load(const T* array, int i) {
+    return {reinterpret_cast<const uint4*>(array)[i]};
+}
+template <class T>
+__device__ inline void store(T* array, int i, const Vector<T>& v) {
+    reinterpret_cast<uint4*>(array)[i] = v.bits;
+}
