@@ -1,0 +1,23 @@
+"""Llama 1 to 3.3 (Touvron et al., arXiv:2302.13971, arXiv:2307.09288; Grattafiori et al., arXiv:2407.21783).
+
+Many others have the same layers: Vicuna, CodeLlama, Yi, TinyLlama, SmolLM, DeepSeek's first models.
+"""
+
+from __future__ import annotations
+
+from pyllama.architectures.common import MLP, Family, read_attention, read_decoder, weight_table
+from pyllama.architectures.reader import Reader
+from pyllama.config import MLPConfig, ModelConfig
+
+
+def read(reader: Reader) -> ModelConfig:
+    reader.only("model_type", "llama")
+    reader.only("sliding_window", None)
+    bias = reader.boolean("attention_bias", default=False)
+    attention = read_attention(reader, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
+    ffn = MLPConfig(reader.integer("intermediate_size"), reader.boolean("mlp_bias", default=False))
+    layers = reader.integer("num_hidden_layers")
+    return read_decoder(reader, [attention] * layers, ffn, max_positions=2048, norm_eps=1e-6)
+
+
+FAMILY = Family(("LlamaForCausalLM",), read, weight_table(*MLP))

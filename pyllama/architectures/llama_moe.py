@@ -1,0 +1,60 @@
+"""Llama's attention with a mixture of experts and an ungated shared expert: the embedded demo's family.
+
+The feed-forward is a shared SwiGLU expert, which every token passes through, plus the weighted sum of the
+`num_experts_per_tok` experts that a softmax router prefers.
+"""
+
+from __future__ import annotations
+
+from pyllama.architectures.common import Family, read_attention, read_decoder, weight_table
+from pyllama.architectures.reader import Reader
+from pyllama.config import MLPConfig, ModelConfig, MoEConfig
+from pyllama.weights import Rule
+
+
+def read(reader: Reader) -> ModelConfig:
+    reader.only("model_type", "llama_moe")
+    bias = reader.boolean("attention_bias", default=False)
+    attention = read_attention(reader, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
+    experts, top_k = reader.integer("num_local_experts"), reader.integer("num_experts_per_tok")
+    if top_k > experts:
+        raise reader.refusal("num_experts_per_tok", f"there are only {experts} experts")
+    ffn = MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        size=reader.integer("moe_intermediate_size"),
+        renormalize=reader.boolean("norm_topk_prob", default=True),
+        shared=MLPConfig(reader.integer("shared_expert_intermediate_size")),
+        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001),
+    )
+    layers = reader.integer("num_hidden_layers")
+    return read_decoder(reader, [attention] * layers, ffn, max_positions=2048, norm_eps=1e-6)
+
+
+FAMILY = Family(
+    ("LlamaMoeForCausalLM",),
+    read,
+    weight_table(
+        Rule("layers.{i}.ffn.router.weight", ("model.layers.{i}.mlp.gate.weight",), None),
+        Rule(
+            "layers.{i}.ffn.gate_up",
+            (
+                "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+                "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+            ),
+            1,
+        ),
+        Rule("layers.{i}.ffn.down", ("model.layers.{i}.mlp.experts.{e}.down_proj.weight",), 2),
+        Rule(
+            "layers.{i}.ffn.shared.gate_up.weight",
+            (
+                "model.layers.{i}.mlp.shared_expert.gate_proj.weight",
+                "model.layers.{i}.mlp.shared_expert.up_proj.weight",
+            ),
+            0,
+        ),
+        Rule(
+            "layers.{i}.ffn.shared.down.weight", ("model.layers.{i}.mlp.shared_expert.down_proj.weight",), 1
+        ),
+    ),
+)

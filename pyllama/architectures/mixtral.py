@@ -1,0 +1,44 @@
+"""Mixtral (Jiang et al., arXiv:2401.04088): Mistral's layers with a mixture of experts as feed-forward."""
+
+from __future__ import annotations
+
+from pyllama.architectures.common import Family, read_attention, read_decoder, weight_table
+from pyllama.architectures.reader import Reader
+from pyllama.config import ModelConfig, MoEConfig
+from pyllama.weights import Rule
+
+
+def read(reader: Reader) -> ModelConfig:
+    reader.only("model_type", "mixtral")
+    window = reader.integer("sliding_window", default=None, null=None)
+    attention = read_attention(reader, rope_theta=1_000_000.0, kv_heads=8, window=window)
+    experts = reader.integer("num_local_experts", default=8)
+    top_k = reader.integer("num_experts_per_tok", default=2)
+    if top_k > experts:
+        raise reader.refusal("num_experts_per_tok", f"there are only {experts} experts")
+    ffn = MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        size=reader.integer("intermediate_size"),
+        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001),
+    )
+    layers = reader.integer("num_hidden_layers")
+    return read_decoder(reader, [attention] * layers, ffn, max_positions=131072, norm_eps=1e-5)
+
+
+FAMILY = Family(
+    ("MixtralForCausalLM",),
+    read,
+    weight_table(
+        Rule("layers.{i}.ffn.router.weight", ("model.layers.{i}.block_sparse_moe.gate.weight",), None),
+        Rule(
+            "layers.{i}.ffn.gate_up",
+            (
+                "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight",
+                "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight",
+            ),
+            1,
+        ),
+        Rule("layers.{i}.ffn.down", ("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight",), 2),
+    ),
+)

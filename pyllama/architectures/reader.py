@@ -1,0 +1,174 @@
+"""Strict reading of configurations: every key is understood, known to be irrelevant, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+REQUIRED: Final[Any] = object()
+
+# Keys that change nothing in what a model computes at inference, whatever their value.
+# fmt: off
+IRRELEVANT = frozenset({
+    # what the checkpoint is and who wrote it (the data type is read from the tensors)
+    "architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash",
+    "transformers.js_config", "is_llama_config", "_attn_implementation_autoset", "unsloth_version",
+    "unsloth_fixed",
+    # token ids: the loader and the tokenizer read those that matter
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+    "tokenizer_class", "prefix",
+    # training, and how products are split, which changes their rounding alone
+    "initializer_range", "attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop",
+    "router_jitter_noise", "neftune_noise_alpha", "gradient_checkpointing", "use_cache", "pretraining_tp",
+    "chunk_size_feed_forward",
+    # what transformers' functions return
+    "return_dict", "use_return_dict", "output_hidden_states", "output_attentions", "output_scores",
+    "output_router_logits", "return_dict_in_generate", "torchscript",
+    # other frameworks and tasks
+    "use_bfloat16", "tf_legacy_loss", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "task_specific_params",
+    # defaults of transformers' generate(), from before generation_config.json
+    "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+})
+# fmt: on
+
+# Keys that are harmless at these values only, in every family.
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),  # every model here is one
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1.0, None),
+}
+
+REASONS = {
+    "quantization_config": "quantized checkpoints are not read",
+    "auto_map": "the checkpoint brings its own code, which is not run",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration says something that is not understood or not supported."""
+
+
+class Reader:
+    """A JSON object whose keys are read one by one, by name and type; `finish` refuses the others.
+
+    Keys in `ignore` count as absent. `default` is the value of an absent key, `null` that of a key given as
+    null; without them the key must be there, and must not be null.
+    """
+
+    def __init__(self, values: dict[str, Any], ignore: Iterable[str] = (), prefix: str = "") -> None:
+        self._ignore = frozenset(ignore)
+        self._prefix = prefix  # of an object within the configuration: "rope_scaling."
+        self._values = {key: value for key, value in values.items() if prefix + key not in self._ignore}
+        self._seen: set[str] = set()
+        self._readers: list[Reader] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def integer(self, key: str, default: Any = REQUIRED, null: Any = REQUIRED) -> Any:
+        """A positive integer."""
+        value, given = self._value(key, default, null)
+        if given and not (type(value) is int and value > 0):
+            raise self._malformed(key, "must be a positive integer")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED) -> Any:
+        """A positive number."""
+        value, given = self._value(key, default, REQUIRED)
+        if given and not (type(value) in (int, float) and 0 < value < float("inf")):
+            raise self._malformed(key, "must be a positive number")
+        return value
+
+    def boolean(self, key: str, default: Any = REQUIRED) -> Any:
+        value, given = self._value(key, default, REQUIRED)
+        if given and type(value) is not bool:
+            raise self._malformed(key, "must be true or false")
+        return value
+
+    def strings(self, key: str, known: tuple[str, ...], length: int) -> Any:
+        """A list of `length` strings, each one of `known`; None where the key is absent or null."""
+        value, given = self._value(key, None, None)
+        if given and not (
+            isinstance(value, list) and len(value) == length and all(v in known for v in value)
+        ):
+            raise self._malformed(key, f"must be a list of {length}, each one of {', '.join(known)}")
+        return value
+
+    def object(self, key: str) -> Reader | None:
+        """A reader of the object at `key`, checked by this reader's `finish`; None where absent or null."""
+        value, given = self._value(key, None, None)
+        if not given:
+            return None
+        if not isinstance(value, dict):
+            raise self._malformed(key, "must be an object")
+        self._readers.append(Reader(value, self._ignore, f"{self._prefix}{key}."))
+        return self._readers[-1]
+
+    def only(self, key: str, *harmless: Any, default: Any = None) -> Any:
+        """The key's value, which must be one of `harmless`; `default` where absent."""
+        if key not in self._values:
+            return default
+        value = self._values[key]
+        self._seen.add(key)
+        if value not in harmless:
+            raise self.refusal(key, f"only {', '.join(map(repr, harmless))} is supported")
+        return value
+
+    def finish(self) -> None:
+        """Raises ConfigError for keys that nobody read."""
+        for reader in self._readers:
+            reader.finish()
+        for key, harmless in HARMLESS.items():
+            if key not in self._seen:
+                self.only(key, *harmless)
+        for key, reason in REASONS.items():
+            if self._values.get(key) is not None and key not in self._seen:
+                raise self.refusal(key, reason)
+        irrelevant = frozenset[str]() if self._prefix else IRRELEVANT
+        if unknown := sorted(self._values.keys() - self._seen - irrelevant - REASONS.keys()):
+            pairs = ", ".join(f"{self._prefix}{key} = {self._values[key]!r}" for key in unknown)
+            raise ConfigError(
+                f"config.json has keys that are not known and may change what the model computes: {pairs}. "
+                f"If they do not, load with ignore_config_keys={[self._prefix + key for key in unknown]}"
+            )
+
+    def refusal(self, key: str, reason: str) -> ConfigError:
+        """The exception for a key whose value is understood but not supported."""
+        name = self._prefix + key
+        return ConfigError(
+            f"config.json: {name} = {_short(self._values.get(key))}: {reason}. "
+            f"If the model computes the same without it, load with ignore_config_keys={[name]}"
+        )
+
+    def _malformed(self, key: str, problem: str) -> ConfigError:
+        return ConfigError(f"config.json: {self._prefix}{key} {problem}, got {_short(self._values[key])}")
+
+    def _value(self, key: str, default: Any, null: Any) -> tuple[Any, bool]:
+        """(value, whether config.json gives one)."""
+        self._seen.add(key)
+        if key not in self._values:
+            if default is REQUIRED:
+                raise ConfigError(f"config.json lacks {self._prefix}{key}")
+            return default, False
+        value = self._values[key]
+        if value is None:
+            if null is REQUIRED:
+                raise self._malformed(key, "must not be null")
+            return null, False
+        return value, True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

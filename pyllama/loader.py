@@ -1,0 +1,225 @@
+"""From a folder or a Hub id to a model that is ready to run: `pyllama.load`."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from pyllama import _C
+from pyllama.architectures import read_config
+from pyllama.architectures.common import Family
+from pyllama.architectures.reader import ConfigError
+from pyllama.config import ModelConfig
+from pyllama.model import Model
+from pyllama.ops.registry import OPS, implementation
+from pyllama.tokenizer import Tokenizer
+from pyllama.weights import Checkpoint, copy_weights, plan
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+}
+CONFIG_FILES = ["*.json", "*.jinja"]
+WEIGHT_FILES = ["*.safetensors"]
+# Copies of the same weights in another layout, and whatever lies in folders.
+OTHER_FILES = ["consolidated*", "*/*"]
+
+
+def load(
+    source: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    ignore_config_keys: Iterable[str] = (),
+) -> Model:
+    """Loads a checkpoint in Hugging Face's layout: config.json, *.safetensors, tokenizer.json.
+
+    source: a folder, a Hub id ("mistralai/Mistral-7B-v0.1", downloaded once), or "demo", the little model
+    that comes with the package. device: None is the GPU where there is one, else the CPU. dtype: "float32",
+    "bfloat16", "float16" or "float64"; None is the checkpoint's own on a GPU, and float32 on a CPU, where it
+    is the fastest, unless only the checkpoint's own fits the free memory. ignore_config_keys: keys of
+    config.json to treat as absent; the error that refuses a key says so where it may help.
+
+    Returns the model for inference (`eval()`), with its tokenizer (None where the checkpoint has none) and
+    all its EOS ids. Raises FileNotFoundError for a source that is not there, ConfigError for a configuration
+    that is not understood, CheckpointError for damaged files and for tensors that are not the model's (both
+    are ValueErrors), MemoryError when the weights do not fit.
+    """
+    target = _device(device)
+    chosen = _dtype(dtype)
+    folder = _local_folder(source)
+    remote = folder is None
+    if folder is None:
+        folder = _download(str(source), CONFIG_FILES)
+    config, family = _read_config(folder, ignore_config_keys)
+    if remote:  # only now: what cannot be read is not worth the download
+        folder = _download(str(source), WEIGHT_FILES)
+    model = _load_weights(folder, config, family, target, chosen)
+    model.tokenizer = Tokenizer.from_folder(folder)
+    model.eos_token_ids = _eos_token_ids(folder, model.tokenizer)
+    return model.eval()
+
+
+def _load_weights(
+    folder: Path, config: ModelConfig, family: Family, device: torch.device, dtype: torch.dtype | None
+) -> Model:
+    with torch.device("meta"):
+        model = Model(config)
+    with Checkpoint.open(folder) as checkpoint:
+        parts = plan(family.weights, {n: p.shape for n, p in model.named_parameters()}, checkpoint.tensors)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        dtype = _fitting_dtype(dtype, checkpoint.dtype, parameters, device)
+        # Memory is taken here but touched only as tensors arrive, so nothing is held twice.
+        model = model.to(dtype).to_empty(device=device)
+        console = Console(stderr=True)
+        columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            total = sum(checkpoint.tensors[part.tensor].bytes for found in parts.values() for part in found)
+            task = progress.add_task("loading", total=total)
+            copy_weights(
+                parts, dict(model.named_parameters()), checkpoint, lambda n: progress.advance(task, n)
+            )
+    return model
+
+
+def _read_config(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[ModelConfig, Family]:
+    values = _read_json(folder / "config.json")
+    if values is None:
+        raise FileNotFoundError(
+            f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout"
+        )
+    try:
+        return read_config(values, ignore_config_keys)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+
+
+def _read_json(file: Path) -> Any:
+    """The file's content; None where there is no file."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+
+
+def _eos_token_ids(folder: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Every EOS id that the checkpoint's files name; each of them ends a text."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        values = _read_json(folder / name) or {}
+        ids = values.get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if any(type(token) is not int or token < 0 for token in ids):
+            raise ConfigError(
+                f"{folder / name}: eos_token_id must be a token id or a list of them, got {ids!r}"
+            )
+        found.update(ids)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return frozenset(found)
+
+
+def _local_folder(source: str | Path) -> Path | None:
+    """The folder that `source` names; None where it can only be a Hub id."""
+    if source == "demo":
+        return Path(str(files("pyllama") / "demo"))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{source} is a file; give the folder that holds config.json and the weights")
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise FileNotFoundError(f"there is no folder {source} (and a Hub id has the form owner/name)")
+    return None
+
+
+def _download(repo: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=OTHER_FILES))
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{repo} is a gated repository: ask for access on its page of the Hugging Face Hub, then log in "
+            "here (`hf auth login`)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is neither a folder {repo} nor a repository of this name on the Hugging Face Hub "
+            "(a private one needs `hf auth login`)"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {repo}, and the Hugging Face Hub cannot be reached for a repository of this "
+            f"name ({error}). Offline, give a folder that holds the checkpoint"
+        ) from error
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """The device to load onto. Says once where ops have no kernel for it, and so will be slow."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or a CUDA device, got {chosen}")
+    if chosen.type == "cpu":
+        return chosen
+    major, minor = torch.cuda.get_device_capability(chosen)
+    if "CUDA" in _C.enabled() and not _C.supports(major, minor):
+        _C.disable("CUDA")
+    eager = [name for name in OPS if implementation(name, chosen) == "eager"]
+    if eager:
+        warnings.warn(
+            f"{len(eager)} of {len(OPS)} ops have no kernel for this GPU (sm_{major}{minor}) in this build "
+            f"({', '.join(_C.architectures) or 'none'}) and run eagerly, slower; `pyllama doctor` lists them",
+            stacklevel=3,
+        )
+    return chosen
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if (dtype is not None and chosen is None) or chosen not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return chosen
+
+
+def _fitting_dtype(
+    dtype: torch.dtype | None, own: torch.dtype, parameters: int, device: torch.device
+) -> torch.dtype:
+    """The data type to load in: the one asked for, or as `load` says. MemoryError when it does not fit."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if dtype is None:
+        dtype = own if device.type == "cuda" else max(own, torch.float32, key=lambda d: d.itemsize)
+        if parameters * dtype.itemsize > free >= parameters * own.itemsize:
+            warnings.warn(
+                f"weights in {dtype} need {_gigabytes(parameters * dtype.itemsize)}, {_gigabytes(free)} are "
+                f"free: loading them as {own}, slower on a CPU",
+                stacklevel=4,
+            )
+            dtype = own
+    if parameters * dtype.itemsize > free:
+        raise MemoryError(
+            f"{parameters:,} parameters in {dtype} need {_gigabytes(parameters * dtype.itemsize)}, and "
+            f"{_gigabytes(free)} are free on {device}"
+        )
+    return dtype
+
+
+def _free_memory() -> float:
+    """Bytes of main memory that can still be taken; infinity where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return int(match[1]) * 1024 if match else float("inf")
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB"
