@@ -118,7 +118,8 @@ class Model(nn.Module):
         table = self._cos_sin.get(rope)
         if table is None or len(table) < positions or table.device != self.device:
             rows = 1 << max(positions - 1, 255).bit_length()
-            table = self._cos_sin[rope] = cos_sin_table(rope, rows, self.device)
+            with torch.inference_mode(False):  # training may come after and use the same table
+                table = self._cos_sin[rope] = cos_sin_table(rope, rows, self.device)
         return table
 
 
