@@ -187,10 +187,11 @@ def _register_backward(overload: torch._ops.OpOverload, body: Callable[..., Any]
         inputs = list(ctx.others)
         for i, tensor in zip(tensors, ctx.saved_tensors, strict=True):
             inputs[i] = tensor
-        wanted = [i for i in tensors if ctx.needs_input_grad[i]]
+        # The dispatcher leaves out trailing arguments that equal their defaults.
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         given = [grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating]
         found = dict(zip(wanted, backward_op(*inputs, given, wanted), strict=True))
-        return tuple(found.get(i) for i in range(len(inputs)))
+        return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
     torch.library.register_autograd(overload, backward, setup_context=setup_context, lib=_library)
 
