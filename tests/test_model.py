@@ -1,0 +1,151 @@
+"""The model by itself: losses, gradients, RoPE tables and errors, against transformers and float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from pyllama.config import (
+    GQAConfig,
+    LayerConfig,
+    LinearScaling,
+    Llama3Scaling,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
+from pyllama.layers.ffn import Routing
+from pyllama.layers.rope import cos_sin_table
+from pyllama.model import LMOutput, Model, load_balancing_loss
+
+ROPE = RopeConfig(theta=10000.0, dim=8)
+
+
+def tiny(ffn: MLPConfig | MoEConfig, qk_norm: bool = False) -> Model:
+    torch.manual_seed(0)
+    layer = LayerConfig(GQAConfig(4, 2, 8, ROPE, qk_norm=qk_norm), ffn)
+    return Model(ModelConfig(29, 16, 64, 1e-5, True, (layer, layer)))
+
+
+FFNS = {"dense": MLPConfig(24), "moe": MoEConfig(4, 2, 12, shared=MLPConfig(8), aux_loss_coef=0.1)}
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("ffn", FFNS)
+def test_every_gradient_is_the_numerical_one(ffn: str, qk_norm: bool) -> None:
+    model = tiny(FFNS[ffn], qk_norm).double()
+    token_ids = torch.randint(0, 29, (2, 5))
+    output = model(token_ids, token_ids)
+    output.loss.backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            direction = torch.randn_like(parameter)
+            losses = []
+            for sign in (1, -1):
+                parameter.add_(direction, alpha=sign * 1e-6)
+                losses.append(model(token_ids, token_ids).loss)
+                parameter.sub_(direction, alpha=sign * 1e-6)
+            numerical = (losses[0] - losses[1]) / 2e-6
+            torch.testing.assert_close(
+                numerical, (parameter.grad * direction).sum(), rtol=2e-3, atol=1e-6, msg=name
+            )
+
+
+def test_loss_is_shifted_and_skips_ignored_labels() -> None:
+    model = tiny(FFNS["dense"])
+    token_ids = torch.randint(0, 29, (2, 7))
+    labels = token_ids.clone()
+    labels[0, 3:] = -100
+    output = model(token_ids, labels)
+    assert isinstance(output, LMOutput)
+    assert output.aux_loss is None
+    log_probs = model(token_ids).double().log_softmax(-1)
+    pairs = [(b, t) for b in range(2) for t in range(6) if not (b == 0 and t >= 2)]
+    expected = -sum(log_probs[b, t, token_ids[b, t + 1]] for b, t in pairs) / len(pairs)
+    torch.testing.assert_close(output.loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_load_balancing_loss_is_transformers() -> None:
+    torch.manual_seed(1)
+    logits = [torch.randn(9, 5), torch.randn(9, 5)]
+    routings = [Routing(layer, layer.topk(2).indices.int()) for layer in logits]
+    expected = load_balancing_loss_func(tuple(logits), num_experts=5, top_k=2)
+    torch.testing.assert_close(load_balancing_loss(routings), expected)
+
+
+def test_loss_with_experts_is_cross_entropy_plus_weighted_balance() -> None:
+    model = tiny(FFNS["moe"])
+    token_ids = torch.randint(0, 29, (1, 8))
+    logits, loss, aux_loss = model(token_ids, token_ids)
+    cross_entropy = F.cross_entropy(logits[0, :-1], token_ids[0, 1:])
+    torch.testing.assert_close(loss, cross_entropy + 0.1 * aux_loss)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "reference"),
+    [
+        (None, {"rope_type": "default"}),
+        (LinearScaling(4.0), {"rope_type": "linear", "factor": 4.0}),
+        (
+            Llama3Scaling(**LLAMA3, original_max_positions=128),
+            {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 128},
+        ),
+    ],
+)
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_rope_frequencies_are_transformers(
+    scaling: LinearScaling | Llama3Scaling | None, reference: dict[str, object], theta: float
+) -> None:
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=2, rope_parameters={"rope_theta": theta, **reference}
+    )
+    if scaling is None:
+        frequencies = 1.0 / theta ** (torch.arange(0, 64, 2).float() / 64)
+    else:
+        frequencies, _ = ROPE_INIT_FUNCTIONS[str(reference["rope_type"])](config, torch.device("cpu"))
+    table = cos_sin_table(RopeConfig(theta, 64, scaling=scaling), 1000, torch.device("cpu"))
+    angles = torch.arange(1000).float()[:, None] * frequencies
+    torch.testing.assert_close(table, torch.cat((angles.cos(), angles.sin()), -1), rtol=0, atol=1e-6)
+    exact = [math.cos(p * f) for p, f in zip((1, 10, 999), frequencies[[0, 3, 31]].tolist(), strict=True)]
+    assert table[[1, 10, 999], [0, 3, 31]].tolist() == pytest.approx(exact, abs=1e-4)
+
+
+def test_training_after_generation() -> None:
+    model = tiny(FFNS["moe"])
+    token_ids = torch.randint(0, 29, (1, 4))
+    with torch.inference_mode():
+        model(token_ids)
+    model(token_ids, token_ids).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "labels", "message"),
+    [
+        (
+            torch.zeros(3, dtype=torch.int64),
+            None,
+            r"token_ids must be integers \[B, T\], got torch.int64 \[3\]",
+        ),
+        (torch.zeros(1, 3), None, r"got torch.float32 \[1, 3\]"),
+        (torch.zeros(1, 65, dtype=torch.int64), None, "65 tokens do not fit the context of 64"),
+        (
+            torch.zeros(1, 3, dtype=torch.int64),
+            torch.zeros(1, 2, dtype=torch.int64),
+            r"labels \[1, 2\] must have token_ids' shape \[1, 3\]",
+        ),
+    ],
+)
+def test_bad_input(token_ids: torch.Tensor, labels: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(FFNS["dense"])(token_ids, labels)
