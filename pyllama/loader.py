@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch.overrides import TorchFunctionMode
 
 from pyllama import _C
 from pyllama.architectures import read_config
@@ -27,8 +28,7 @@ from pyllama.tokenizer import Tokenizer
 from pyllama.weights import Checkpoint, copy_weights, plan
 
 DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
 CONFIG_FILES = ["*.json", "*.jinja"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -73,7 +73,7 @@ def load(
 def _load_weights(
     folder: Path, config: ModelConfig, family: Family, device: torch.device, dtype: torch.dtype | None
 ) -> Model:
-    with torch.device("meta"):
+    with torch.device("meta"), _NoRandomWeights():
         model = Model(config)
     with Checkpoint.open(folder) as checkpoint:
         parts = plan(family.weights, {n: p.shape for n, p in model.named_parameters()}, checkpoint.tensors)
@@ -86,18 +86,25 @@ def _load_weights(
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             total = sum(checkpoint.tensors[part.tensor].bytes for found in parts.values() for part in found)
             task = progress.add_task("loading", total=total)
-            copy_weights(
-                parts, dict(model.named_parameters()), checkpoint, lambda n: progress.advance(task, n)
-            )
+            copy_weights(parts, dict(model.named_parameters()), checkpoint, lambda n: progress.advance(task, n))
     return model
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Skips the random initialisation of modules: on `meta` it does nothing, after seconds of imports."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def _read_config(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[ModelConfig, Family]:
     values = _read_json(folder / "config.json")
     if values is None:
-        raise FileNotFoundError(
-            f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout"
-        )
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout")
     try:
         return read_config(values, ignore_config_keys)
     except ConfigError as error:
@@ -122,9 +129,7 @@ def _eos_token_ids(folder: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
         ids = values.get("eos_token_id")
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if any(type(token) is not int or token < 0 for token in ids):
-            raise ConfigError(
-                f"{folder / name}: eos_token_id must be a token id or a list of them, got {ids!r}"
-            )
+            raise ConfigError(f"{folder / name}: eos_token_id must be a token id or a list of them, got {ids!r}")
         found.update(ids)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
@@ -192,9 +197,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return chosen
 
 
-def _fitting_dtype(
-    dtype: torch.dtype | None, own: torch.dtype, parameters: int, device: torch.device
-) -> torch.dtype:
+def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int, device: torch.device) -> torch.dtype:
     """The data type to load in: the one asked for, or as `load` says. MemoryError when it does not fit."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if dtype is None:
