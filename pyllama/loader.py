@@ -75,18 +75,20 @@ def _load_weights(
 ) -> Model:
     with torch.device("meta"), _NoRandomWeights():
         model = Model(config)
+    parameters = dict(model.named_parameters())
     with Checkpoint.open(folder) as checkpoint:
-        parts = plan(family.weights, {n: p.shape for n, p in model.named_parameters()}, checkpoint.tensors)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        dtype = _fitting_dtype(dtype, checkpoint.dtype, parameters, device)
-        # Memory is taken here but touched only as tensors arrive, so nothing is held twice.
-        model = model.to(dtype).to_empty(device=device)
+        parts = plan(family.weights, {n: p.shape for n, p in parameters.items()}, checkpoint.tensors)
+        count = sum(parameter.numel() for parameter in parameters.values())
+        dtype = _fitting_dtype(dtype, checkpoint.dtype, count, device)
+        # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
+        weights = {n: torch.empty(p.shape, dtype=dtype, device=device) for n, p in parameters.items()}
         console = Console(stderr=True)
         columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             total = sum(checkpoint.tensors[part.tensor].bytes for found in parts.values() for part in found)
             task = progress.add_task("loading", total=total)
-            copy_weights(parts, dict(model.named_parameters()), checkpoint, lambda n: progress.advance(task, n))
+            copy_weights(parts, weights, checkpoint, lambda n: progress.advance(task, n))
+    model.load_state_dict(weights, assign=True)
     return model
 
 
