@@ -134,8 +134,7 @@ class CachedContext:
         batch = self._batch
         batch.positions.copy_(batch.seq_lens)
         batch.seq_lens.add_(1)
-        page_B = batch.block_table.gather(1, (batch.positions // PAGE_SIZE).long()[:, None])[:, 0]
-        torch.add(page_B * PAGE_SIZE, batch.positions % PAGE_SIZE, out=batch.slots)
+        torch.gather(self._slots, 1, batch.positions[:, None].long(), out=batch.slots[:, None])
         return self._model.run(tokens_B, batch, self._cache)
 
     def keep(self, rows: Tensor) -> None:
@@ -144,6 +143,9 @@ class CachedContext:
 
     def _decoding_batch(self, seq_lens_B: Tensor) -> Batch:
         """One new token of each sequence; `extend` sets where, step by step, in place."""
+        # The slot of every position, so that a step looks it up with one small operation.
+        offsets_S = torch.arange(PAGE_SIZE, dtype=torch.int32, device=seq_lens_B.device)
+        self._slots = (self._block_table[:, :, None] * PAGE_SIZE + offsets_S).flatten(1)
         return Batch(
             cu_seqlens=torch.arange(len(seq_lens_B) + 1, dtype=torch.int32, device=seq_lens_B.device),
             positions=torch.empty_like(seq_lens_B),

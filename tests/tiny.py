@@ -1,8 +1,9 @@
-"""Tiny random checkpoints and tokenizers, made by transformers and tokenizers, for the tests of text generation."""
+"""Tiny random checkpoints and tokenizers, made by transformers and tokenizers, for tests of generation."""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,48 @@ TEXT = [
     "Größe, naïve café, žluťoučký kůň, 你好世界, привет мир, 🙂🙃🤖",
     "def main(): return [x for x in range(10)]",
 ] * 4
+VOCAB_SIZE = 400
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
-def byte_level_tokenizer(vocab_size: int = 400) -> tokenizers.Tokenizer:
+def byte_level_tokenizer() -> tokenizers.Tokenizer:
     """As GPT-2's and Llama 3's: every byte is a token. No post-processor: it adds nothing to a text."""
+    return tokenizers.Tokenizer.from_str(_byte_level())
+
+
+def sentencepiece_tokenizer() -> tokenizers.Tokenizer:
+    """As Llama 2's: pieces hold spaces, unknown characters fall back to bytes, a BOS token is added."""
+    return tokenizers.Tokenizer.from_str(_sentencepiece())
+
+
+@cache
+def _byte_level() -> str:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXT, trainer)
-    return tokenizer
+    return str(tokenizer.to_str())
 
 
-def sentencepiece_tokenizer(vocab_size: int = 400) -> tokenizers.Tokenizer:
-    """As Llama 2's: spaces are part of pieces, unknown characters fall back to bytes, a BOS token is added."""
+@cache
+def _sentencepiece() -> str:
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trained = tokenizers.Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL[:3] + byte_tokens + SPECIAL[3:], limit_alphabet=40
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL[:3] + byte_tokens + SPECIAL[3:],
+        limit_alphabet=40,
+        show_progress=False,
     )
     trained.train_from_iterator(TEXT, trainer)
     content = json.loads(trained.to_str())
@@ -53,7 +70,7 @@ def sentencepiece_tokenizer(vocab_size: int = 400) -> tokenizers.Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
+    return str(tokenizer.to_str())
 
 
 def write_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer, **config: Any) -> None:
@@ -75,7 +92,7 @@ def write_checkpoint(
     """A random Llama with weights large enough to make its choices varied; returns transformers' model."""
     torch.manual_seed(seed)
     values = {
-        "vocab_size": 400,
+        "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
