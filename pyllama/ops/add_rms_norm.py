@@ -1,10 +1,9 @@
 """Residual addition and RMSNorm in one pass over memory, in place. D hidden size."""
 
-from torch import Tensor
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 
 @op(
@@ -20,6 +19,6 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> No
     the rounded sum. For inference: raises RuntimeError where a gradient would be due, ValueError for shapes or data
     types that do not fit.
     """
-    compute = torch.promote_types(x.dtype, torch.float32)
+    compute = compute_dtype(x)
     residual.add_(x)
-    x.copy_(F.rms_norm(residual.to(compute), weight.shape, weight.to(compute), eps))
+    x.copy_(F.rms_norm(cast(residual, compute), weight.shape, cast(weight, compute), eps))

@@ -4,11 +4,13 @@ T query tokens, H query heads, G key/value heads, K head size, V value head size
 keys. `attend` is also the body of paged_attention and mla_paged_attention.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 
 def _like_queries(q: Tensor, k: Tensor, v: Tensor, *args: object) -> Tensor:
@@ -46,35 +48,40 @@ def attention(
     """
     check_heads("attention", q.shape[1], k.shape[1], window)
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    k_1GmK, v_1GmV = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     sequences = [
-        attend(q[q0:q1], k[k0:k1].transpose(0, 1), v[k0:k1].transpose(0, 1), scale, window)
-        for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)
+        attend(q[q0:q1], k_1GmK[:, :, k0:k1], v_1GmV[:, :, k0:k1], scale, window)
+        for (q0, q1), (k0, k1) in zip(pairwise(q_ends), pairwise(k_ends), strict=True)
     ]
     return joined(sequences, q, v.shape[2])
 
 
-def attend(q_nHK: Tensor, k_GmK: Tensor, v_GmV: Tensor, scale: float, window: int | None) -> Tensor:
+def attend(q_nHK: Tensor, k_1GmK: Tensor, v_1GmV: Tensor, scale: float, window: int | None) -> Tensor:
     """Attention of one sequence, [n, H, V], in float32 or wider."""
-    n, m = q_nHK.shape[0], k_GmK.shape[1]
+    n, m = q_nHK.shape[0], k_1GmK.shape[2]
     if n > m:  # the first queries see no key
-        seeing = attend(q_nHK[n - m :], k_GmK, v_GmV, scale, window)
-        return F.pad(seeing, (0, 0, 0, 0, n - m, 0))
-    if window is not None and m > n - 1 + window:  # keys that no query sees
-        k_GmK, v_GmV = k_GmK[:, m - (n - 1 + window) :], v_GmV[:, m - (n - 1 + window) :]
+        return F.pad(attend(q_nHK[n - m :], k_1GmK, v_1GmV, scale, window), (0, 0, 0, 0, n - m, 0))
+    if window is not None and m > n - 1 + window:  # the first keys are seen by no query
+        k_1GmK, v_1GmV = (t[:, :, -(n - 1 + window) :] for t in (k_1GmK, v_1GmV))
         m = n - 1 + window
+    compute = compute_dtype(q_nHK)
     if m == 0:
-        return q_nHK.new_zeros(n, q_nHK.shape[1], v_GmV.shape[2])
-    q_HnK, k_GmK, v_GmV = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q_nHK.transpose(0, 1), k_GmK, v_GmV))
-    windowed = window is not None and window < m and n > 1
+        return q_nHK.new_zeros(0, q_nHK.shape[1], v_1GmV.shape[3], dtype=compute)
     mask = None
-    if windowed or 1 < n < m:
+    if n > 1 and (n < m or (window is not None and window < m)):
         age = torch.arange(m - n, m, device=q_nHK.device)[:, None] - torch.arange(m, device=q_nHK.device)
         mask = age >= 0 if window is None else (age >= 0) & (age < window)
-    out_HnV = F.scaled_dot_product_attention(
-        q_HnK[None], k_GmK[None], v_GmV[None], mask, is_causal=mask is None and n > 1, scale=scale, enable_gqa=True
+    out_1HnV = F.scaled_dot_product_attention(
+        cast(q_nHK, compute).transpose(0, 1).unsqueeze(0),
+        cast(k_1GmK, compute),
+        cast(v_1GmV, compute),
+        mask,
+        is_causal=mask is None and n > 1,
+        scale=scale,
+        enable_gqa=q_nHK.shape[1] != k_1GmK.shape[1],
     )
-    return out_HnV[0].transpose(0, 1)
+    return out_1HnV[0].transpose(0, 1)
 
 
 def joined(sequences: list[Tensor], q_THK: Tensor, V: int) -> Tensor:
@@ -82,7 +89,7 @@ def joined(sequences: list[Tensor], q_THK: Tensor, V: int) -> Tensor:
     if not sequences:
         return q_THK.new_empty(0, q_THK.shape[1], V)
     out = sequences[0] if len(sequences) == 1 else torch.cat(sequences)
-    return out.to(q_THK.dtype).contiguous()
+    return cast(out, q_THK.dtype).contiguous()
 
 
 def check_heads(op: str, H: int, G: int, window: int | None) -> None:

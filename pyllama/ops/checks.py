@@ -8,84 +8,84 @@ type and the others must have the same; `float:` is any floating-point type of i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-_ANY_FLOAT, _SAME = "floating-point", "the same"
-_DTYPES = {name: getattr(torch, name) for name in ("bool", "int32", "int64", "float32")} | {"float": _ANY_FLOAT}
-_DIMENSION = re.compile(r"(?:([A-Za-z_]+)\+?)?(\d+)?")
+_ANY_FLOAT = "a floating-point type"
+_DTYPES = {"bool": torch.bool, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
+
+
+class _Spec(NamedTuple):
+    dtype: torch.dtype | str | None  # None: the first tensor's
+    dims: tuple[str, ...]  # less a leading "...", less "+1"
+    offsets: tuple[int, ...] | None  # what each dimension is more than its name, None: all 0
+    ragged: bool  # with a leading "..."
 
 
 def argument_check(op: str, names: Sequence[str], specs: dict[str, str]) -> Callable[[Sequence[Any]], None]:
     """A function that raises ValueError when the arguments of `op` do not fit `specs`.
 
-    names: the op's argument names in order; specs: argument name -> specification. It reads shapes, data types and
-    devices, never values, so it also works on fake tensors.
+    names: the op's arguments in order; specs: argument -> specification. The function takes the arguments' values,
+    trailing ones may be missing. It reads shapes, data types and devices, never values, so it works on fake tensors.
     """
-    table = []
-    for name, spec in specs.items():
-        dtype, _, dims = spec.rpartition(":")
-        expected = _DTYPES[dtype] if dtype else _SAME if table else _ANY_FLOAT
-        symbols = dims.split()
-        ragged = symbols[0] == "..."
-        pairs = [_parse_dimension(symbol) for symbol in symbols[ragged:]]
-        table.append((names.index(name), name, expected, pairs, ragged))
-
-    def fail(args: Sequence[Any], index: int, sizes: dict[str | None, Any]) -> None:
-        name = names[index]
-        dims = specs[name].rpartition(":")[2].split()
-        known = {symbol for dim in dims if (symbol := _parse_dimension(dim)[0]) in sizes and symbol is not None}
-        values = " and ".join(f"{symbol} = {sizes[symbol]}" for symbol in sorted(known))
-        raise ValueError(
-            f"{op}: {name} has the shape {list(args[index].shape)}, but must have [{', '.join(dims)}]"
-            + (f" with {values}" if values else "")
-        )
+    first_name = next(name for name in names if name in specs)
+    table = [_parse(specs[name], first=name == first_name) if name in specs else None for name in names]
+    numbers = {dim: int(dim) for spec in table if spec for dim in spec.dims if dim.isdigit()}
 
     def check(args: Sequence[Any]) -> None:
-        sizes: dict[str | None, Any] = {}
-        first = None
-        for index, name, dtype, dims, ragged in table:
-            if index >= len(args):  # trailing defaults are not passed
-                break
-            arg = args[index]
-            if arg is None:
+        sizes: dict[str, Any] = numbers.copy()
+        first = device = None
+        for spec, arg in zip(table, args):  # noqa: B905  missing arguments are None by default
+            if spec is None or arg is None:
                 continue
+            dtype, dims, offsets, ragged = spec
             if first is None:
-                first, device = arg, arg.device
+                first, device = arg.dtype, arg.device
             elif arg.device != device:
-                raise ValueError(f"{op}: {name} is on {arg.device}, but {names[table[0][0]]} on {device}")
-            if arg.dtype is not (first.dtype if dtype is _SAME else dtype) and not (
-                dtype is _ANY_FLOAT and arg.is_floating_point()
-            ):
-                wanted = first.dtype if dtype is _SAME else dtype
-                raise ValueError(f"{op}: {name} has the data type {arg.dtype}, but must have {wanted}")
+                raise ValueError(f"{op}: {_name(arg, args)} is on {arg.device}, but {first_name} on {device}")
+            if arg.dtype is not (dtype or first) and not (dtype is _ANY_FLOAT and arg.is_floating_point()):
+                raise ValueError(f"{op}: {_name(arg, args)} is {arg.dtype}, but must be {dtype or first}")
             shape = arg.shape
             if ragged:
                 lead = len(shape) - len(dims)
                 if lead < 0 or sizes.setdefault("...", shape[:lead]) != shape[:lead]:
-                    fail(args, index, sizes)
+                    mismatch(args, arg, sizes)
                 shape = shape[lead:]
             elif len(shape) != len(dims):
-                fail(args, index, sizes)
-            for (symbol, offset), size in zip(dims, shape):
-                if symbol is None:
-                    if size != offset:
-                        fail(args, index, sizes)
-                elif symbol not in sizes:
-                    sizes[symbol] = size - offset
-                elif sizes[symbol] + offset != size:
-                    fail(args, index, sizes)
+                mismatch(args, arg, sizes)
+            if offsets:
+                shape = [size - offset for size, offset in zip(shape, offsets, strict=True)]
+            for dim, size in zip(dims, shape):  # noqa: B905  their lengths are equal, and this is hot
+                if sizes.setdefault(dim, size) != size:
+                    mismatch(args, arg, sizes)
+
+    def _name(arg: Any, args: Sequence[Any]) -> str:
+        return next(name for name, value in zip(names, args, strict=False) if value is arg)
+
+    def mismatch(args: Sequence[Any], arg: Any, sizes: dict[str, Any]) -> None:
+        name = _name(arg, args)
+        dims = specs[name].rpartition(":")[2].split()
+        known = [dim for dim in (dim.partition("+")[0] for dim in dims) if dim in sizes and not dim.isdigit()]
+        values = ", ".join(f"{dim} = {sizes[dim]}" for dim in dict.fromkeys(known))
+        raise ValueError(
+            f"{op}: {name} has the shape {list(arg.shape)}, but must have [{', '.join(dims)}]"
+            + (f" with {values}" if values else "")
+        )
 
     return check
 
 
-def _parse_dimension(text: str) -> tuple[str | None, int]:
-    """"B" -> ("B", 0), "B+1" -> ("B", 1), "2" -> (None, 2), "..." -> ("...", 0)."""
-    if text == "...":
-        return text, 0
-    match = _DIMENSION.fullmatch(text)
-    assert match, text
-    return match[1], int(match[2] or 0)
+def _parse(text: str, first: bool) -> _Spec:
+    dtype, _, shape = text.rpartition(":")
+    dims = shape.split()
+    ragged = dims[0] == "..."
+    pairs = [dim.partition("+") for dim in dims[ragged:]]
+    offsets = tuple(int(offset or 0) for _, _, offset in pairs)
+    return _Spec(
+        _DTYPES.get(dtype, _ANY_FLOAT) if dtype or first else None,
+        tuple(name for name, _, _ in pairs),
+        offsets if any(offsets) else None,
+        ragged,
+    )

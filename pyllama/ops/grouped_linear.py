@@ -1,5 +1,7 @@
 """One matrix product per expert over sorted rows. M rows, D hidden size, F feed-forward size, E experts."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -29,10 +31,10 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | No
     x_MD = x if rows is None else x.index_select(0, rows)
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != x_MD.shape[0]:
-        raise ValueError(f"grouped_linear: offsets go from {bounds[0]} to {bounds[-1]}, but must go from 0 to M = {x_MD.shape[0]}")
+        raise ValueError(
+            f"grouped_linear: offsets go from {bounds[0]} to {bounds[-1]}, but must go from 0 to M = {x_MD.shape[0]}"
+        )
     parts = [
-        functional.linear(x_MD[begin:end], weight[e])
-        for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-        if begin < end
+        functional.linear(x_MD[begin:end], weight[e]) for e, (begin, end) in enumerate(pairwise(bounds)) if begin < end
     ]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])

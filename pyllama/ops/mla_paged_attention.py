@@ -3,23 +3,24 @@
 T query tokens, B sequences, H query heads, P cache pages, S page size, L latent entry (rank + rope dimensions).
 """
 
+from itertools import pairwise
+from typing import Any
+
 from torch import Tensor
 
 from pyllama.ops.attention import attend, joined
 from pyllama.ops.registry import op
 
 
-def _latent(
-    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, max_seqlen_q: int, rank: int,
-    scale: float,
-) -> Tensor:  # fmt: skip
+def _empty(q: Tensor, *args: Any) -> Tensor:
+    rank = args[5]
     return q.new_empty(q.shape[0], q.shape[1], rank)
 
 
 @op(
     "(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor seq_lens, int max_seqlen_q, "
     "int rank, float scale) -> Tensor",
-    fake=_latent,
+    fake=_empty,
     q="T H L",
     kv_cache="P S L",
     block_table="int32: B max_pages",
@@ -44,9 +45,9 @@ def mla_paged_attention(
     S, L = kv_cache.shape[1:]
     if not 0 < rank <= L:
         raise ValueError(f"mla_paged_attention: rank is {rank}, but must be in 1 to L = {L}, the size of an entry")
-    ends, sequences = cu_seqlens_q.tolist(), []
-    for b, length in enumerate(seq_lens.tolist()):
+    sequences = []
+    for b, ((begin, end), length) in enumerate(zip(pairwise(cu_seqlens_q.tolist()), seq_lens.tolist(), strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
-        k_1mL = kv_cache.index_select(0, pages).flatten(0, 1)[None, :length]
-        sequences.append(attend(q[ends[b] : ends[b + 1]], k_1mL, k_1mL[..., :rank], scale, None))
+        k_11mL = kv_cache.index_select(0, pages).view(1, 1, -1, L)[:, :, :length]
+        sequences.append(attend(q[begin:end], k_11mL, k_11mL[..., :rank], scale, None))
     return joined(sequences, q, rank)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 
 @op(
@@ -19,6 +19,6 @@ def moe_combine(x: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     type, summed in float32 or wider. Raises ValueError for shapes that do not fit.
     """
     T, N = positions.shape
-    compute = torch.promote_types(x.dtype, torch.float32)
-    x_TND = x.index_select(0, positions.flatten()).to(compute).view(T, N, x.shape[1])
-    return torch.bmm(weights.to(compute).unsqueeze(1), x_TND).squeeze(1).to(x.dtype)
+    compute = compute_dtype(x)
+    x_TND = cast(x.index_select(0, positions.flatten()), compute).view(T, N, x.shape[1])
+    return cast(torch.bmm(cast(weights, compute).unsqueeze(1), x_TND).squeeze(1), x.dtype)

@@ -3,11 +3,13 @@
 T tokens, H query heads, G key/value heads, K head size, P cache pages, S page size, R rotated dimensions.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 from pyllama.ops.rope import rotated
 
 
@@ -54,24 +56,31 @@ def norm_rope_store_(
             f"norm_rope_store_: qkv has {features} features, but must have (H + 2G) K with G = {G}, K = {K} as in "
             "kv_cache and H a multiple of G"
         )
-    compute = torch.promote_types(qkv.dtype, torch.float32)
+    compute = compute_dtype(qkv)
     heads_THK = qkv.view(T, H + 2 * G, K)
     qk_THK = heads_THK[:, : H + G]
-    out = qk_THK.to(compute)
+    out = cast(qk_THK, compute)
     if q_weight is not None or k_weight is not None:
         q, k = out[:, :H], out[:, H:]
         if q_weight is not None:
-            q = F.rms_norm(q, (K,), q_weight.to(compute), eps)
+            q = F.rms_norm(q, (K,), cast(q_weight, compute), eps)
         if k_weight is not None:
-            k = F.rms_norm(k, (K,), k_weight.to(compute), eps)
+            k = F.rms_norm(k, (K,), cast(k_weight, compute), eps)
         out = torch.cat((q, k), dim=1)
     if cos_sin is not None:
         out = rotated(out, cos_sin, positions, interleaved)
     if out is not qk_THK:
         qk_THK.copy_(out)
-    kv_T2GK = heads_THK[:, H:].unflatten(1, (2, G))
-    places = slots.tolist()
-    if -1 in places:
-        kept = torch.tensor([t for t, slot in enumerate(places) if slot >= 0], dtype=torch.int64, device=qkv.device)
-        kv_T2GK, slots = kv_T2GK[kept], slots[kept]
-    kv_cache.permute(0, 3, 1, 2, 4)[slots // S, slots % S] = kv_T2GK
+    kv_2GTK = heads_THK[:, H:].view(T, 2, G, K).permute(1, 2, 0, 3)
+    for first, count, page, place in _runs(slots.tolist(), S):
+        kv_cache[page, :, :, place : place + count] = kv_2GTK[:, :, first : first + count]
+
+
+def _runs(slots: list[int], S: int) -> Iterator[tuple[int, int, int, int]]:
+    """Stretches of tokens that go to consecutive places of one page: first token, count, page, first place."""
+    first = 0
+    for t in range(1, len(slots) + 1):
+        if t == len(slots) or slots[t] != slots[t - 1] + 1 or slots[t] % S == 0:
+            if slots[first] >= 0:
+                yield first, t - first, slots[first] // S, slots[first] % S
+            first = t

@@ -3,7 +3,8 @@
 T query tokens, B sequences, H query heads, G key/value heads, K head size, P cache pages, S page size.
 """
 
-import torch
+from itertools import pairwise
+
 from torch import Tensor
 
 from pyllama.ops.attention import attend, check_heads, joined
@@ -45,9 +46,11 @@ def paged_attention(
     _, _, G, S, K = kv_cache.shape
     check_heads("paged_attention", q.shape[1], G, window)
     scale = K**-0.5 if scale is None else scale
-    ends, sequences = cu_seqlens_q.tolist(), []
-    for b, length in enumerate(seq_lens.tolist()):
+    heads_2GPSK = kv_cache.permute(1, 2, 0, 3, 4)  # gathering a sequence's pages then copies them once
+    sequences = []
+    for b, ((begin, end), length) in enumerate(zip(pairwise(cu_seqlens_q.tolist()), seq_lens.tolist(), strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
-        k_GmK, v_GmK = kv_cache.permute(1, 2, 0, 3, 4).index_select(2, pages).flatten(2, 3)[:, :, :length].unbind()
-        sequences.append(attend(q[ends[b] : ends[b + 1]], k_GmK, v_GmK, scale, window))
+        kv_2GmK = heads_2GPSK.index_select(2, pages).flatten(2, 3)[:, :, :length]
+        k_1GmK, v_1GmK = kv_2GmK.split(1)
+        sequences.append(attend(q[begin:end], k_1GmK, v_1GmK, scale, window))
     return joined(sequences, q, K)

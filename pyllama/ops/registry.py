@@ -95,6 +95,16 @@ def op(
     return register
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What eager bodies compute in: float32, or x's own type where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), but at no cost where nothing is to be done."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def implementation(name: str, device: torch.device | str) -> str:
     """Which implementation serves the op on the device: "cuda", "emulated" (a CUDA kernel on the CPU) or "eager".
 
@@ -159,13 +169,12 @@ def _register_backward(overload: torch._ops.OpOverload, body: Callable[..., Any]
             for i in wanted:
                 inputs[i] = inputs[i].detach().requires_grad_()
             leaves = [inputs[i] for i in wanted]
-            pairs = [pair for pair in zip(_floating(body(*inputs)), grads, strict=True) if pair[0].requires_grad]
-            outputs, given = zip(*pairs) if pairs else ((), ())
-            found = torch.autograd.grad(outputs, leaves, given, allow_unused=True) if pairs else [None] * len(leaves)
-        return [
-            torch.zeros_like(leaf, memory_format=torch.contiguous_format) if grad is None else _own(grad, grads)
-            for leaf, grad in zip(leaves, found, strict=True)
-        ]
+            outputs = _floating(body(*inputs))
+            due = [i for i, output in enumerate(outputs) if output.requires_grad]
+            found = torch.autograd.grad(
+                [outputs[i] for i in due], leaves, [grads[i] for i in due], allow_unused=True, materialize_grads=True
+            )
+        return [_own(grad, grads) for grad in found]
 
     def empty(*args: Any) -> list[Tensor]:
         return [torch.empty_like(args[i], memory_format=torch.contiguous_format) for i in args[-1]]
@@ -216,6 +225,4 @@ _AUTOGRAD_KEYS = _below_autograd - torch._C._dispatch_tls_local_exclude_set()
 def _autograd_alive() -> Any:
     """A guard under which autograd records again, inside a kernel that runs below it."""
     included = torch._C._dispatch_tls_local_include_set()
-    return torch._C._ForceDispatchKeyGuard(
-        included, torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD_KEYS
-    )
+    return torch._C._ForceDispatchKeyGuard(included, torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD_KEYS)

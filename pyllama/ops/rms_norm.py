@@ -1,10 +1,9 @@
 """Root mean square normalisation (Zhang & Sennrich, arXiv:1910.07467). D hidden size."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 
 @op("(Tensor x, Tensor weight, float eps) -> Tensor", x="... D", weight="D")
@@ -14,6 +13,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [..., D]; weight: [D], same data type. Computed in float32 or wider and rounded once, at the end.
     Raises ValueError for shapes or data types that do not fit.
     """
-    compute = torch.promote_types(x.dtype, torch.float32)
-    out = F.rms_norm(x.to(compute), weight.shape, weight.to(compute), eps)
-    return out.to(x.dtype).contiguous()
+    compute = compute_dtype(x)
+    out = F.rms_norm(cast(x, compute), weight.shape, cast(weight, compute), eps)
+    return cast(out, x.dtype).contiguous()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 
 @op(
@@ -27,14 +27,14 @@ def rotated(x_THK: Tensor, cos_sin: Tensor, positions_T: Tensor, interleaved: bo
     R, K = cos_sin.shape[-1], x_THK.shape[-1]
     if R % 2 or R > K:
         raise ValueError(f"rope: cos_sin's last dimension R is {R}, but must be even and at most x's K = {K}")
-    compute = torch.promote_types(x_THK.dtype, torch.float32)
-    cos_T1r, sin_T1r = cos_sin[positions_T].to(compute).unsqueeze(1).chunk(2, dim=-1)
-    turned = x_THK[..., :R].to(compute)
+    compute = compute_dtype(x_THK)
+    cos_T1r, sin_T1r = cast(cos_sin.index_select(0, positions_T), compute).unsqueeze(1).chunk(2, dim=-1)
+    turned_THR = cast(x_THK if R == K else x_THK[..., :R], compute)
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
+        a, b = turned_THR[..., 0::2], turned_THR[..., 1::2]
     else:
-        a, b = turned.chunk(2, dim=-1)
-    pair = (a * cos_T1r - b * sin_T1r, b * cos_T1r + a * sin_T1r)
+        a, b = turned_THR.chunk(2, dim=-1)
+    pair = (torch.addcmul(a * cos_T1r, b, sin_T1r, value=-1), torch.addcmul(b * cos_T1r, a, sin_T1r))
     out = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    out = out.to(x_THK.dtype)
+    out = cast(out, x_THK.dtype)
     return out if R == K else torch.cat((out, x_THK[..., R:]), dim=-1)

@@ -7,7 +7,7 @@ same seed, step and vocabulary index give the same noise in any batch on any dev
 import torch
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 _LOW32 = 0xFFFFFFFF
 
@@ -61,7 +61,7 @@ def sample(
     min_p times as likely as the likeliest. seed, step: int64, step counts the tokens of the sequence.
     Raises ValueError for shapes that do not fit or penalties given in part.
     """
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = cast(logits, compute_dtype(logits))
     penalties = (repetition_penalty, presence_penalty, frequency_penalty, prompt_mask, counts)
     given = [penalty for penalty in penalties if penalty is not None]
     if len(given) == len(penalties):
@@ -97,11 +97,12 @@ def _penalised(
 def _threshold(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """[B, 1]: the least score that top-k, then top-p, keep."""
     V = scores.shape[1]
-    ordered = scores.sort(dim=-1, descending=True).values
-    kth = torch.where(top_k > 0, top_k, V).clamp(max=V).to(torch.int64).unsqueeze(1) - 1
-    k_threshold = ordered.gather(1, kth)
-    probabilities = ordered.masked_fill(ordered < k_threshold, float("-inf")).softmax(-1)
-    likelier = probabilities.cumsum(-1) - probabilities  # of the tokens before, in descending order
+    k = torch.where(top_k > 0, top_k, V).clamp(max=V).to(torch.int64).unsqueeze(1)
+    ordered = scores.topk(int(k.max()), dim=-1).values
+    k_threshold = ordered.gather(1, k - 1)
+    total = scores.masked_fill(scores < k_threshold, float("-inf")).logsumexp(-1, keepdim=True)
+    probabilities = (ordered - total).exp()
+    likelier = probabilities.cumsum(-1) - probabilities  # the probability of all tokens before, in descending order
     kept = (likelier < top_p.unsqueeze(1)).sum(-1, keepdim=True).clamp(min=1)
     p_threshold = ordered.gather(1, kept - 1)
     return torch.where(top_p.unsqueeze(1) < 1, torch.maximum(k_threshold, p_threshold), k_threshold)
@@ -124,7 +125,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     k0, k1 = key
     for _ in range(10):
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps at 64 bits, which keeps every bit needed
-        c0, c1 = ((product1 >> 32) & _LOW32) ^ c1 ^ k0, product1 & _LOW32
-        c2, c3 = ((product0 >> 32) & _LOW32) ^ c3 ^ k1, product0 & _LOW32
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
-    return c0, c1, c2, c3
+        c0, c1 = (product1 >> 32 ^ c1 ^ k0) & _LOW32, product1
+        c2, c3 = (product0 >> 32 ^ c3 ^ k1) & _LOW32, product0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1 & _LOW32, c2, c3 & _LOW32

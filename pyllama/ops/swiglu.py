@@ -1,10 +1,9 @@
 """SwiGLU activation (Shazeer, arXiv:2002.05202). F feed-forward size."""
 
-import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 
 @op("(Tensor x) -> Tensor", x="... features")
@@ -15,5 +14,5 @@ def swiglu(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu: x's last dimension is {x.shape[-1]}, but must be even: 2F, gate and up")
-    gate, up = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return (functional.silu(gate) * up).to(x.dtype).contiguous()
+    gate, up = cast(x, compute_dtype(x)).chunk(2, dim=-1)
+    return cast(functional.silu(gate) * up, x.dtype)

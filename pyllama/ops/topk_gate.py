@@ -8,7 +8,7 @@ arXiv:2412.19437).
 import torch
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 
 @op(
@@ -31,10 +31,10 @@ def topk_gate(
     """Score the experts, choose the top_k best of each token, and weigh them.
 
     logits: [T, E]; result: weights [T, top_k], float32 or wider, and indices int32 [T, top_k], best first; of equals
-    the lower index. Scores are the softmax or the sigmoid of the logits. The choice is by score + bias ([E], DeepSeek-V3's
-    correction), the weights are the scores alone. With num_groups > 1 the experts form groups of E / num_groups;
-    a group is worth the sum of its group_top_k best, and only experts of the top_groups best groups can be chosen.
-    renormalize divides the weights by their sum (+ 1e-20); scale multiplies them at the end.
+    the lower index. Scores are the softmax or the sigmoid of the logits. The choice is by score + bias ([E],
+    DeepSeek-V3's correction), the weights are the scores alone. With num_groups > 1 the experts form groups of
+    E / num_groups; a group is worth the sum of its group_top_k best, and only experts of the top_groups best groups
+    can be chosen. renormalize divides the weights by their sum (+ 1e-20); scale multiplies them at the end.
     Raises ValueError for shapes or values that do not fit.
     """
     T, E = logits.shape
@@ -50,7 +50,7 @@ def topk_gate(
         )
     if not 1 <= top_k <= top_groups * size:
         raise ValueError(f"topk_gate: top_k is {top_k}, but must be in 1 to {top_groups * size}, the experts at choice")
-    logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits_TE = cast(logits, compute_dtype(logits))
     scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE if bias is None else scores_TE + bias
     if top_groups < num_groups:
