@@ -135,9 +135,7 @@ def find_files(folder: Path) -> tuple[list[str], set[str] | None]:
     if len(names) == 1:
         return names, None
     if names:
-        raise CheckpointError(
-            f"{folder} has {len(names)} safetensors files and no {INDEX} to tell them apart"
-        )
+        raise CheckpointError(f"{folder} has {len(names)} safetensors files and no {INDEX} to tell them apart")
     others = sorted(path.name for pattern in ("*.bin*", "*.pt*", "*.gguf") for path in folder.glob(pattern))
     if others:
         raise CheckpointError(
@@ -152,9 +150,7 @@ def _indexed_files(folder: Path) -> tuple[list[str], set[str]]:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = {tensor: str(file) for tensor, file in weight_map.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / INDEX} is damaged: no JSON object 'weight_map' ({error})"
-        ) from error
+        raise CheckpointError(f"{folder / INDEX} is damaged: no JSON object 'weight_map' ({error})") from error
     names = sorted(set(files.values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{folder / INDEX} names files outside of its folder: {_few(outside)}")

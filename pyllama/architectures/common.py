@@ -49,9 +49,7 @@ def read_decoder(
     )
 
 
-def read_attention(
-    reader: Reader, *, rope_theta: float, kv_heads: int | None = None, **options: Any
-) -> GQAConfig:
+def read_attention(reader: Reader, *, rope_theta: float, kv_heads: int | None = None, **options: Any) -> GQAConfig:
     """Grouped-query attention; transformers' defaults: `rope_theta`, `kv_heads` (None: one per head)."""
     heads = reader.integer("num_attention_heads")
     kv_heads = reader.integer("num_key_value_heads", default=kv_heads or heads, null=heads)
@@ -90,9 +88,7 @@ def _read_scaling(reader: Reader) -> RopeScaling | None:
         low, high = reader.number("low_freq_factor"), reader.number("high_freq_factor")
         if low >= high:
             raise reader.refusal("low_freq_factor", f"high_freq_factor = {high} is not larger")
-        return Llama3Scaling(
-            reader.number("factor"), low, high, reader.integer("original_max_position_embeddings")
-        )
+        return Llama3Scaling(reader.number("factor"), low, high, reader.integer("original_max_position_embeddings"))
     return None
 
 

@@ -53,8 +53,6 @@ FAMILY = Family(
             ),
             0,
         ),
-        Rule(
-            "layers.{i}.ffn.shared.down.weight", ("model.layers.{i}.mlp.shared_expert.down_proj.weight",), 1
-        ),
+        Rule("layers.{i}.ffn.shared.down.weight", ("model.layers.{i}.mlp.shared_expert.down_proj.weight",), 1),
     ),
 )

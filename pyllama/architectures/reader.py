@@ -99,9 +99,7 @@ class Reader:
     def strings(self, key: str, known: tuple[str, ...], length: int) -> Any:
         """A list of `length` strings, each one of `known`; None where the key is absent or null."""
         value, given = self._value(key, None, None)
-        if given and not (
-            isinstance(value, list) and len(value) == length and all(v in known for v in value)
-        ):
+        if given and not (isinstance(value, list) and len(value) == length and all(v in known for v in value)):
             raise self._malformed(key, f"must be a list of {length}, each one of {', '.join(known)}")
         return value
 
