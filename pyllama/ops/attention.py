@@ -4,12 +4,11 @@ T query tokens, H query heads, G key/value heads, K head size, V value head size
 keys. `attend` is also the body of paged_attention and mla_paged_attention.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyllama.ops.checks import segment_lengths
 from pyllama.ops.registry import cast, compute_dtype, op
 
 
@@ -48,11 +47,11 @@ def attention(
     """
     check_heads("attention", q.shape[1], k.shape[1], window)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    k_1GmK, v_1GmV = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    q_lengths = segment_lengths("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    k_lengths = segment_lengths("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     sequences = [
-        attend(q[q0:q1], k_1GmK[:, :, k0:k1], v_1GmV[:, :, k0:k1], scale, window)
-        for (q0, q1), (k0, k1) in zip(pairwise(q_ends), pairwise(k_ends), strict=True)
+        attend(q_nHK, k_mGK.transpose(0, 1).unsqueeze(0), v_mGV.transpose(0, 1).unsqueeze(0), scale, window)
+        for q_nHK, k_mGK, v_mGV in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
     ]
     return joined(sequences, q, v.shape[2])
 

@@ -9,9 +9,11 @@ type and the others must have the same; `float:` is any floating-point type of i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 _ANY_FLOAT = "a floating-point type"
 _DTYPES = {"bool": torch.bool, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
@@ -75,6 +77,16 @@ def argument_check(op: str, names: Sequence[str], specs: dict[str, str]) -> Call
         )
 
     return check
+
+
+def segment_lengths(op: str, name: str, bounds: Tensor, total: int) -> list[int]:
+    """How many rows each segment owns; `bounds` are their first rows and the end. Raises ValueError where they do not
+    rise from 0 to `total`. Reads values."""
+    ends = bounds.tolist()
+    lengths = [end - begin for begin, end in pairwise(ends)]
+    if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"{op}: {name} must rise from 0 to {total}, the number of rows, but is {ends}")
+    return lengths
 
 
 def _parse(text: str, first: bool) -> _Spec:

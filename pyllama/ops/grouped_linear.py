@@ -1,11 +1,10 @@
 """One matrix product per expert over sorted rows. M rows, D hidden size, F feed-forward size, E experts."""
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from pyllama.ops.checks import segment_lengths
 from pyllama.ops.registry import op
 
 
@@ -29,12 +28,11 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | No
     shapes that do not fit.
     """
     x_MD = x if rows is None else x.index_select(0, rows)
-    bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != x_MD.shape[0]:
-        raise ValueError(
-            f"grouped_linear: offsets go from {bounds[0]} to {bounds[-1]}, but must go from 0 to M = {x_MD.shape[0]}"
-        )
+    lengths = segment_lengths("grouped_linear", "offsets", offsets, x_MD.shape[0])
+    experts = [e for e, length in enumerate(lengths) if length]
+    weights = weight.unbind() if weight.requires_grad else weight  # unbind: one gradient for all experts
     parts = [
-        functional.linear(x_MD[begin:end], weight[e]) for e, (begin, end) in enumerate(pairwise(bounds)) if begin < end
+        functional.linear(x_mD, weights[e])
+        for e, x_mD in zip(experts, x_MD.split([lengths[e] for e in experts]), strict=True)
     ]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])

@@ -3,12 +3,12 @@
 T query tokens, B sequences, H query heads, P cache pages, S page size, L latent entry (rank + rope dimensions).
 """
 
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
 from pyllama.ops.attention import attend, joined
+from pyllama.ops.checks import segment_lengths
 from pyllama.ops.registry import op
 
 
@@ -46,8 +46,9 @@ def mla_paged_attention(
     if not 0 < rank <= L:
         raise ValueError(f"mla_paged_attention: rank is {rank}, but must be in 1 to L = {L}, the size of an entry")
     sequences = []
-    for b, ((begin, end), length) in enumerate(zip(pairwise(cu_seqlens_q.tolist()), seq_lens.tolist(), strict=True)):
+    queries = q.split(segment_lengths("mla_paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
+    for b, (q_nHL, length) in enumerate(zip(queries, seq_lens.tolist(), strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
         k_11mL = kv_cache.index_select(0, pages).view(1, 1, -1, L)[:, :, :length]
-        sequences.append(attend(q[begin:end], k_11mL, k_11mL[..., :rank], scale, None))
+        sequences.append(attend(q_nHL, k_11mL, k_11mL[..., :rank], scale, None))
     return joined(sequences, q, rank)

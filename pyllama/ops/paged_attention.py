@@ -3,11 +3,10 @@
 T query tokens, B sequences, H query heads, G key/value heads, K head size, P cache pages, S page size.
 """
 
-from itertools import pairwise
-
 from torch import Tensor
 
 from pyllama.ops.attention import attend, check_heads, joined
+from pyllama.ops.checks import segment_lengths
 from pyllama.ops.registry import op
 
 
@@ -48,9 +47,10 @@ def paged_attention(
     scale = K**-0.5 if scale is None else scale
     heads_2GPSK = kv_cache.permute(1, 2, 0, 3, 4)  # gathering a sequence's pages then copies them once
     sequences = []
-    for b, ((begin, end), length) in enumerate(zip(pairwise(cu_seqlens_q.tolist()), seq_lens.tolist(), strict=True)):
+    queries = q.split(segment_lengths("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
+    for b, (q_nHK, length) in enumerate(zip(queries, seq_lens.tolist(), strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
         kv_2GmK = heads_2GPSK.index_select(2, pages).flatten(2, 3)[:, :, :length]
         k_1GmK, v_1GmK = kv_2GmK.split(1)
-        sequences.append(attend(q[begin:end], k_1GmK, v_1GmK, scale, window))
+        sequences.append(attend(q_nHK, k_1GmK, v_1GmK, scale, window))
     return joined(sequences, q, K)
