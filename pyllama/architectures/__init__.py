@@ -33,7 +33,7 @@ def read_config(values: Any, ignore_config_keys: Iterable[str] = ()) -> tuple[Mo
     if not isinstance(values, dict):
         raise ConfigError(f"config.json must hold an object, got {type(values).__name__}")
     names = values.get("architectures")
-    family = FAMILIES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    family = FAMILIES.get(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"config.json: architectures = {names!r} is not known; known: {known}")
