@@ -142,6 +142,8 @@ def _local_folder(source: str | Path) -> Path | None:
     """The folder that `source` names; None where it can only be a Hub id."""
     if source == "demo":
         return Path(str(files("pyllama") / "demo"))
+    if source == "":
+        raise FileNotFoundError("source is empty; give a folder, a Hub id or 'demo'")
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -166,9 +168,10 @@ def _download(repo: str, patterns: list[str]) -> Path:
             "(a private one needs `hf auth login`)"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"there is no folder {repo}, and the Hugging Face Hub cannot be reached for a repository of this "
-            f"name ({error}). Offline, give a folder that holds the checkpoint"
+            f"there is no folder {repo}, and the Hugging Face Hub cannot be reached for a repository of this name; "
+            f"offline, give a folder that holds the checkpoint ({reason})"
         ) from error
 
 

@@ -1,0 +1,148 @@
+"""Loading by Hub id: through huggingface_hub's own client, against a server on this machine, and without one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from tiny import byte_level_tokenizer, write_checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """The part of the Hub's protocol that a download needs: one public repository, and one gated."""
+
+    def __init__(self, folder: Path) -> None:
+        hub = self
+        self.folder = folder
+        self.downloads: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = request.path.split("?")[0]
+        files = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
+        if "owner/gated" in path:
+            self.send(request, 403, b"", {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/models/owner/model/revision/"):
+            siblings = [{"rfilename": name} for name in files]
+            self.send(request, 200, json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": siblings}).encode())
+        elif path.startswith("/api/models/owner/model/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": COMMIT}
+                for name in files
+            ]
+            self.send(request, 200, json.dumps(tree).encode())
+        elif path.startswith("/owner/model/resolve/") and (name := path.split("/", 5)[5]) in files:
+            content = (self.folder / name).read_bytes()
+            if request.command == "GET":
+                self.downloads.append(name)
+            etag = hashlib.sha1(content).hexdigest()
+            self.send(request, 200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def send(
+        self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None
+    ) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    folder = tmp_path / "repository"
+    write_checkpoint(folder, byte_level_tokenizer())
+    (folder / "pytorch_model.bin").write_bytes(b"not asked for")
+    (folder / "consolidated.safetensors").write_bytes(b"not asked for")
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_bytes(b"not asked for")
+    (folder / "README.md").write_text("not asked for")
+    hub = Hub(folder)
+    Thread(target=hub.server.serve_forever, daemon=True).start()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def load(source: str, cache: Path, address: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Loads in a process of its own: huggingface_hub reads its settings when it is imported."""
+    script = (
+        f"import pyllama; model = pyllama.load({source!r}); print(model.config.vocab_size, model.tokenizer is None)"
+    )
+    settings = {"HF_HOME": str(cache), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+    proxies = ("http_proxy", "https_proxy", "all_proxy")
+    inherited = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
+    return subprocess.run(
+        [sys.executable, "-c", script], env=inherited | settings | environment, capture_output=True, text=True
+    )
+
+
+def test_a_hub_id_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
+    result = load("owner/model", tmp_path / "cache", hub.address)
+    assert result.stdout == "400 False\n", result.stderr
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(hub.downloads) == wanted
+    assert hub.downloads[-1] == "model.safetensors"
+
+    assert load("owner/model", tmp_path / "cache", hub.address).stdout == "400 False\n"
+    offline = load("owner/model", tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert offline.stdout == "400 False\n", offline.stderr
+    assert len(hub.downloads) == len(wanted)
+
+
+def test_weights_of_a_model_that_is_not_known_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    config = json.loads((hub.folder / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    (hub.folder / "config.json").write_text(json.dumps(config))
+    result = load("owner/model", tmp_path / "cache", hub.address)
+    assert "['GPT2LMHeadModel'] is not known; known: LlamaForCausalLM" in result.stderr
+    assert "model.safetensors" not in hub.downloads
+
+
+def last_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 1
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("source", ["owner/nothing", "nothing"])
+def test_an_unknown_id_is_named(source: str, hub: Hub, tmp_path: Path) -> None:
+    line = last_line(load(source, tmp_path / "cache", hub.address))
+    assert line.startswith(f"FileNotFoundError: there is neither a folder {source} nor a repository of this name")
+
+
+def test_a_gated_repository_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    line = last_line(load("owner/gated", tmp_path / "cache", hub.address))
+    assert line.startswith("FileNotFoundError: owner/gated is a gated repository: ask for access")
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_offline_says_so(environment: dict[str, str], tmp_path: Path) -> None:
+    line = last_line(load("owner/model", tmp_path, "http://127.0.0.1:9", **environment))
+    assert line.startswith(
+        "FileNotFoundError: there is no folder owner/model, and the Hugging Face Hub cannot be reached"
+    )
+    assert "offline, give a folder that holds the checkpoint" in line

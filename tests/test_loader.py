@@ -1,0 +1,304 @@
+"""`pyllama.load`: from a folder to a model that is ready to run, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import SPECIAL, byte_level_tokenizer, write_checkpoint, write_tokenizer
+
+import pyllama
+from pyllama.architectures.reader import ConfigError
+from pyllama.weights import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path, byte_level_tokenizer())
+    return tmp_path
+
+
+def change(file: Path, **values: Any) -> None:
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({k: v for k, v in (content | values).items() if v is not ...}))
+
+
+def test_a_loaded_model_is_ready_to_run(folder: Path) -> None:
+    model = pyllama.load(folder)
+    assert not model.training
+    assert model.tokenizer is not None
+    assert model.tokenizer.decode(model.tokenizer.encode("fox")) == "fox"
+    assert all(parameter.requires_grad for parameter in model.parameters())  # and to be trained further
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("source", ["string", "path", "relative", "home"])
+def test_a_folder_may_be_named_in_every_way(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    spelled = {"string": str(folder), "path": folder, "relative": folder.name, "home": f"~/{folder.name}"}[source]
+    assert pyllama.load(spelled, device="cpu").config.vocab_size == 400
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_data_type(stored: torch.dtype, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file)
+    default = torch.float64 if stored == torch.float64 else torch.float32
+    assert pyllama.load(folder, device="cpu").dtype == default
+    for wanted in ("float32", "bfloat16", torch.float16, torch.float64):
+        model = pyllama.load(folder, device=torch.device("cpu"), dtype=wanted)
+        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+        assert {parameter.dtype for parameter in model.parameters()} == {wanted}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "float8_e4m3fn", torch.int8, torch.float8_e4m3fn, 16])
+def test_other_data_types_are_refused(dtype: Any, folder: Path) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, float64, got"):
+        pyllama.load(folder, dtype=dtype)
+
+
+def test_other_devices_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="device must be a CPU or a CUDA device, got meta"):
+        pyllama.load(folder, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 7}, {"eos_token_id": [8, 9]}, {2, 7, 8, 9}),
+        ({"eos_token_id": [7, 8]}, {}, {2, 7, 8}),
+        ({"eos_token_id": None}, {"eos_token_id": None}, {2}),
+        ({"eos_token_id": ...}, {"eos_token_id": 0}, {0, 2}),
+    ],
+)
+def test_every_eos_id_counts(
+    config: dict[str, Any], generation: dict[str, Any], expected: set[int], folder: Path
+) -> None:
+    (folder / "generation_config.json").unlink()
+    change(folder / "config.json", **config)
+    if generation:
+        change(folder / "generation_config.json", **generation)
+    assert pyllama.load(folder).eos_token_ids == expected  # 2 is tokenizer_config.json's "</s>"
+
+
+def test_an_eos_token_of_the_tokenizer_alone_counts(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    change(folder / "config.json", eos_token_id=None)
+    write_tokenizer(folder, byte_level_tokenizer(), eos_token={"content": "<|assistant|>", "special": True})
+    assert pyllama.load(folder).eos_token_ids == {SPECIAL.index("<|assistant|>")}
+
+
+@pytest.mark.parametrize("ids", ["2", -1, [2, None], 1.5, True])
+def test_malformed_eos_ids_are_refused(ids: Any, folder: Path) -> None:
+    change(folder / "generation_config.json", eos_token_id=ids)
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id must be a token id or a list"):
+        pyllama.load(folder)
+
+
+def test_a_checkpoint_may_lack_a_tokenizer(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    model = pyllama.load(tmp_path)
+    assert model.tokenizer is None
+    assert model.eos_token_ids == {2}
+
+
+def test_a_broken_tokenizer_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
+        pyllama.load(folder)
+
+
+def test_leftovers_of_old_checkpoints_are_skipped(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    before = load_file(file)
+    expected = pyllama.load(folder, device="cpu").state_dict()
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    save_file(before | old, file)
+    found = pyllama.load(folder, device="cpu").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_tied_head_in_the_file_is_skipped(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.ones(400, 64)}, file)
+    assert pyllama.load(tmp_path).head is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, r"\['GPT2LMHeadModel'\] is not known; known: LlamaForCausalLM"),
+        ({"attention_sinks": 4}, r"attention_sinks = 4.*ignore_config_keys=\['attention_sinks'\]"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ],
+)
+def test_configurations_are_refused_with_their_folder(values: dict[str, Any], message: str, folder: Path) -> None:
+    change(folder / "config.json", **values)
+    with pytest.raises(ConfigError, match=f"{folder}.*{message}"):
+        pyllama.load(folder)
+
+
+def test_ignored_keys(folder: Path) -> None:
+    change(folder / "config.json", attention_sinks=4)
+    assert pyllama.load(folder, ignore_config_keys=["attention_sinks"]).config.vocab_size == 400
+
+
+@pytest.mark.parametrize("text", ["", "{", "\xff"])
+def test_a_configuration_that_is_not_json_is_named(text: str, folder: Path) -> None:
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
+        pyllama.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_hidden_layers": 3}, "9 missing: model.layers.2.input_layernorm.weight"),
+        ({"num_hidden_layers": 1}, "9 not part of the model: model.layers.1"),
+        ({"vocab_size": 401}, r"model.embed_tokens.weight \[400, 64\] should be \[401, 64\]"),
+        ({"num_key_value_heads": 4}, r"k_proj.weight \[32, 64\], .* should stack to \[192, 64\]"),
+        ({"attention_bias": True}, "8 missing: model.layers.0.self_attn.k_proj.bias"),
+        ({"tie_word_embeddings": True}, None),
+    ],
+)
+def test_tensors_of_another_model_are_refused(config: dict[str, Any], message: str | None, folder: Path) -> None:
+    change(folder / "config.json", **config)
+    if message is None:
+        assert pyllama.load(folder).head is None
+        return
+    with pytest.raises(CheckpointError, match=message):
+        pyllama.load(folder)
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"model.safetensors .* may be truncated or damaged; download it again"):
+        pyllama.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./nowhere", "there is no folder ./nowhere"),
+        ("/nowhere/at/all", "there is no folder /nowhere/at/all"),
+        ("a/b/c", "there is no folder a/b/c"),
+        ("..", "has no config.json"),
+        (Path("nowhere"), "there is no folder nowhere"),
+        ("", "source is empty"),
+        ("owner/na me", "there is no folder owner/na me"),
+    ],
+)
+def test_sources_that_are_not_there(
+    source: str | Path, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message):
+        pyllama.load(source)
+
+
+def test_a_file_is_not_a_source(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors is a file; give the folder"):
+        pyllama.load(folder / "model.safetensors")
+
+
+def test_bin_files_are_not_read(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"only pytorch_model.bin. Only safetensors are read"):
+        pyllama.load(folder)
+
+
+def test_the_vocabularies_of_tokenizer_and_model_may_differ(folder: Path) -> None:
+    """Models round their vocabulary up; the tokenizer knows fewer tokens."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert backend.get_vocab_size() <= pyllama.load(folder).config.vocab_size
+
+
+def sparse_checkpoint(folder: Path, size: int, dtype: str = "F32") -> tuple[int, int]:
+    """A Llama of about `size` bytes, all zeros and so no blocks on the disk; its bytes, and those of one stack."""
+    D, F, width = 1024, 4096, {"F32": 4, "BF16": 2}[dtype]
+    layer = {"input_layernorm": [D], "post_attention_layernorm": [D]}
+    layer |= {f"self_attn.{part}_proj": [D, D] for part in "qkvo"}
+    layer |= {"mlp.gate_proj": [F, D], "mlp.up_proj": [F, D], "mlp.down_proj": [D, F]}
+    per_layer = sum(torch.Size(shape).numel() for shape in layer.values())
+    layers = size // (per_layer * width)
+    shapes = {"model.embed_tokens.weight": [64, D], "model.norm.weight": [D], "lm_head.weight": [64, D]}
+    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in layer.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * width
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": D, "intermediate_size": F}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    return end // width, 2 * F * D
+
+
+def anonymous_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next((line for line in status.splitlines() if line.startswith("RssAnon")), "RssAnon: 0")
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("size", "stored", "wanted"),
+    [(10**9, "F32", "float32"), (5 * 10**8, "BF16", "float32"), (10**9, "F32", "bfloat16")],
+)
+def test_weights_are_held_once(size: int, stored: str, wanted: str, tmp_path: Path) -> None:
+    """Loading 1 GB takes the memory of the model and at most one stacked tensor, as another process sees it."""
+    numbers, stack = sparse_checkpoint(tmp_path, size, stored)
+    script = f"""
+import pyllama, sys
+print("ready", flush=True)
+sys.stdin.readline()
+model = pyllama.load({str(tmp_path)!r}, device="cpu", dtype={wanted!r})
+"""
+    arguments = [sys.executable, "-c", script]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        before = peak = anonymous_bytes(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.002)
+    assert process.returncode == 0
+    width = getattr(torch, wanted).itemsize
+    assert numbers * width > 400 * 10**6
+    assert 0.95 * numbers * width < peak - before < (numbers + stack) * width + 16 * 2**20
+
+
+def test_progress_is_shown_on_a_terminal_only(folder: Path) -> None:
+    """On standard error, so that standard output stays the text."""
+    arguments = [sys.executable, "-c", f"import pyllama; pyllama.load({str(folder)!r}); print('done')"]
+    piped = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert (piped.stdout, piped.stderr) == ("done\n", "")
+    ours, theirs = pty.openpty()
+    shown = subprocess.run(
+        arguments, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(theirs)
+    assert shown.stdout == "done\n"
+    assert "loading" in os.read(ours, 10_000).decode()
+    os.close(ours)
