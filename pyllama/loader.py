@@ -113,14 +113,17 @@ def _read_config(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[Model
         raise ConfigError(f"{folder}: {error}") from error
 
 
-def _read_json(file: Path) -> Any:
-    """The file's content; None where there is no file."""
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """The object in the file; None where there is no file."""
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one
         raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold an object, got {type(values).__name__}")
+    return values
 
 
 def _eos_token_ids(folder: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
@@ -182,6 +185,8 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"device must be a CPU or a CUDA device, got {chosen}")
     if chosen.type == "cpu":
         return chosen
+    if not torch.cuda.is_available():
+        raise ValueError(f"device is {chosen}, but torch {torch.__version__} finds no CUDA GPU; use device='cpu'")
     major, minor = torch.cuda.get_device_capability(chosen)
     if "CUDA" in _C.enabled() and not _C.supports(major, minor):
         _C.disable("CUDA")
@@ -204,7 +209,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int, device: torch.device) -> torch.dtype:
     """The data type to load in: the one asked for, or as `load` says. MemoryError when it does not fit."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    free = _free_memory(device)
     if dtype is None:
         dtype = own if device.type == "cuda" else max(own, torch.float32, key=lambda d: d.itemsize)
         if parameters * dtype.itemsize > free >= parameters * own.itemsize:
@@ -222,8 +227,11 @@ def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int,
     return dtype
 
 
-def _free_memory() -> float:
-    """Bytes of main memory that can still be taken; infinity where the system does not say."""
+def _free_memory(device: torch.device) -> float:
+    """Bytes of the device's memory that can still be taken; infinity where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own cache
+        return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")
     match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     return int(match[1]) * 1024 if match else float("inf")

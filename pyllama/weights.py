@@ -85,7 +85,10 @@ class Checkpoint:
     @classmethod
     @contextmanager
     def open(cls, folder: Path) -> Iterator[Checkpoint]:
-        """Opens the files and checks their headers. Raises CheckpointError for missing or damaged ones."""
+        """Opens the files and checks their headers.
+
+        Raises CheckpointError for missing and damaged files, MemoryError for one too large to be mapped.
+        """
         names, indexed = find_files(folder)
         with ExitStack() as stack:
             files: dict[str, Any] = {}
@@ -94,11 +97,12 @@ class Checkpoint:
                 try:
                     file = files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
                 except (SafetensorError, OSError) as error:
-                    size = (folder / name).stat().st_size
                     raise CheckpointError(
-                        f"{folder / name} ({size:,} bytes) is not a complete safetensors file: {error}. "
+                        f"{folder / name} ({_size(folder / name)}) is not a complete safetensors file: {error}. "
                         "It may be truncated or damaged; download it again"
                     ) from error
+                except RuntimeError as error:  # Linux maps no file that is larger than the main memory
+                    raise MemoryError(f"{folder / name} ({_size(folder / name)}) cannot be mapped: {error}") from error
                 for tensor in file.keys():  # noqa: SIM118  (not a dict)
                     if tensor in tensors:
                         raise CheckpointError(f"{tensor} is in both {tensors[tensor].file} and {name}")
@@ -234,6 +238,10 @@ def _mismatch(problems: Mapping[str, Collection[str]]) -> CheckpointError:
 def _pattern(name: str) -> re.Pattern[str]:
     """`layers.{i}.norm` as a regular expression whose group `i` is a number."""
     return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)"))
+
+
+def _size(file: Path) -> str:
+    return f"{file.stat().st_size:,} bytes"
 
 
 def _few(names: Collection[str]) -> str:

@@ -168,11 +168,6 @@ def test_unknown_architectures_are_named_beside_the_known(names: Any) -> None:
         read(LLAMA, architectures=names)
 
 
-def test_a_configuration_is_an_object() -> None:
-    with pytest.raises(ConfigError, match="must hold an object, got list"):
-        read_config([LLAMA])
-
-
 def test_vicunas_context_is_the_longer_one() -> None:
     config = read(LLAMA, max_position_embeddings=4096, max_sequence_length=16384)
     assert config.max_positions == 16384

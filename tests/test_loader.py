@@ -20,6 +20,7 @@ from tiny import SPECIAL, byte_level_tokenizer, write_checkpoint, write_tokenize
 
 import pyllama
 from pyllama.architectures.reader import ConfigError
+from pyllama.loader import _fitting_dtype, _free_memory
 from pyllama.weights import CheckpointError
 
 
@@ -221,15 +222,42 @@ def test_bin_files_are_not_read(folder: Path) -> None:
         pyllama.load(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_configuration_is_an_object(name: str, folder: Path) -> None:
+    (folder / name).write_text("[1]")
+    with pytest.raises(ConfigError, match=rf"{name} must hold an object, got list"):
+        pyllama.load(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"device is cuda:0, but torch .* finds no CUDA GPU; use device='cpu'"):
+        pyllama.load(folder, device="cuda:0")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_checkpoints_own_type(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    model = pyllama.load(folder)
+    assert (model.device.type, model.dtype) == ("cuda", torch.bfloat16)
+    token_ids = torch.arange(20)[None]
+    with torch.no_grad():
+        exact = pyllama.load(folder, device="cpu", dtype="float64")(token_ids)
+        found = pyllama.load(folder, device="cuda", dtype="float32")(token_ids.cuda())
+    torch.testing.assert_close(found.double().cpu(), exact, rtol=0, atol=1e-3)
+
+
 def test_the_vocabularies_of_tokenizer_and_model_may_differ(folder: Path) -> None:
     """Models round their vocabulary up; the tokenizer knows fewer tokens."""
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert backend.get_vocab_size() <= pyllama.load(folder).config.vocab_size
 
 
-def sparse_checkpoint(folder: Path, size: int, dtype: str = "F32") -> tuple[int, int]:
-    """A Llama of about `size` bytes, all zeros and so no blocks on the disk; its bytes, and those of one stack."""
-    D, F, width = 1024, 4096, {"F32": 4, "BF16": 2}[dtype]
+def sparse_checkpoint(folder: Path, size: int, dtype: str = "F32", D: int = 1024) -> tuple[int, int]:
+    """A Llama of `size` bytes, all zeros and so no blocks on the disk; how many numbers it and a stack have."""
+    F, width = 4 * D, {"F32": 4, "BF16": 2}[dtype]
     layer = {"input_layernorm": [D], "post_attention_layernorm": [D]}
     layer |= {f"self_attn.{part}_proj": [D, D] for part in "qkvo"}
     layer |= {"mlp.gate_proj": [F, D], "mlp.up_proj": [F, D], "mlp.down_proj": [D, F]}
@@ -250,6 +278,28 @@ def sparse_checkpoint(folder: Path, size: int, dtype: str = "F32") -> tuple[int,
     config |= {"num_hidden_layers": layers, "num_attention_heads": 8}
     (folder / "config.json").write_text(json.dumps(config))
     return end // width, 2 * F * D
+
+
+@pytest.mark.parametrize(("times", "what"), [(0.5, "parameters in torch.float64 need"), (4, "need|cannot be mapped")])
+def test_weights_that_do_not_fit_the_memory_are_refused(times: float, what: str, tmp_path: Path) -> None:
+    """Files of `times` the free memory, to be four times as large when loaded: refused before anything is read."""
+    size = int(times * _free_memory(torch.device("cpu")))
+    sparse_checkpoint(tmp_path, size, "BF16", D=8192)
+    with pytest.raises(MemoryError, match=what):
+        pyllama.load(tmp_path, device="cpu", dtype="float64")
+
+
+def test_the_checkpoints_type_is_taken_when_only_that_fits() -> None:
+    """On a CPU, and said; what was asked for is never replaced."""
+    cpu = torch.device("cpu")
+    parameters = int(0.35 * _free_memory(cpu))
+    with pytest.warns(UserWarning, match=r"weights in torch.float32 need .*: loading them as torch.bfloat16, slower"):
+        assert _fitting_dtype(None, torch.bfloat16, parameters, cpu) == torch.bfloat16
+    with pytest.raises(MemoryError):
+        _fitting_dtype(torch.float32, torch.bfloat16, parameters, cpu)
+    with pytest.raises(MemoryError):
+        _fitting_dtype(None, torch.float32, parameters, cpu)
+    assert _fitting_dtype(None, torch.bfloat16, 1000, cpu) == torch.float32
 
 
 def anonymous_bytes(pid: int) -> int:

@@ -21,7 +21,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def read_config(values: Any, ignore_config_keys: Iterable[str] = ()) -> tuple[ModelConfig, Family]:
+def read_config(values: dict[str, Any], ignore_config_keys: Iterable[str] = ()) -> tuple[ModelConfig, Family]:
     """What a config.json describes: its model, and the family that reads its weights.
 
     values: config.json's content. ignore_config_keys: keys that count as absent; of an object within it by
@@ -30,8 +30,6 @@ def read_config(values: Any, ignore_config_keys: Iterable[str] = ()) -> tuple[Mo
     """
     if isinstance(ignore_config_keys, str):
         raise TypeError(f"ignore_config_keys must be a collection of keys, as in [{ignore_config_keys!r}]")
-    if not isinstance(values, dict):
-        raise ConfigError(f"config.json must hold an object, got {type(values).__name__}")
     names = values.get("architectures")
     family = FAMILIES.get(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
