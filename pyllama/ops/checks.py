@@ -1,9 +1,9 @@
 """Argument checks with symbolic dimensions: each op says its shapes once, as data.
 
-A specification such as `"int32: B max_pages"` is an optional data type and the names of the dimensions. A name is
-bound by the first tensor that has it and compared in the others; `B+1` is one more than `B`, a number is itself, and
-a leading `...` is any number of further dimensions. Without a data type the first tensor may have any floating-point
-type and the others must have the same; `float:` is any floating-point type of its own.
+A specification such as `"int32: B max_pages"` is an optional dtype and the names of the dimensions. A name is bound by
+the first tensor that has it and compared in the others; `B+1` is one more than `B`, a number is itself, and a leading
+`...` is any number of further dimensions. Without a dtype the first tensor may have any floating-point one and the
+others must have the same; `float:` is any floating-point dtype of its own.
 """
 
 from __future__ import annotations
@@ -15,73 +15,71 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_ANY_FLOAT = "a floating-point type"
+_ANY_FLOAT = "a floating-point dtype"
 _DTYPES = {"bool": torch.bool, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
 class _Spec(NamedTuple):
+    name: str
     dtype: torch.dtype | str | None  # None: the first tensor's
     dims: tuple[str, ...]  # less a leading "...", less "+1"
-    offsets: tuple[int, ...] | None  # what each dimension is more than its name, None: all 0
-    ragged: bool  # with a leading "..."
+    offsets: tuple[int, ...] | None  # what each dimension is more than its name; None: all 0
+    leading: bool  # with a leading "..."
+    text: str  # "[..., D]"
 
 
 def argument_check(op: str, names: Sequence[str], specs: dict[str, str]) -> Callable[[Sequence[Any]], None]:
     """A function that raises ValueError when the arguments of `op` do not fit `specs`.
 
     names: the op's arguments in order; specs: argument -> specification. The function takes the arguments' values,
-    trailing ones may be missing. It reads shapes, data types and devices, never values, so it works on fake tensors.
+    trailing ones may be missing. It reads shapes, dtypes and devices, never values, so it works on fake tensors.
     """
     first_name = next(name for name in names if name in specs)
-    table = [_parse(specs[name], first=name == first_name) if name in specs else None for name in names]
+    table = [_parse(name, specs[name], name == first_name) if name in specs else None for name in names]
     numbers = {dim: int(dim) for spec in table if spec for dim in spec.dims if dim.isdigit()}
 
     def check(args: Sequence[Any]) -> None:
         sizes: dict[str, Any] = numbers.copy()
         first = device = None
-        for spec, arg in zip(table, args):  # noqa: B905  missing arguments are None by default
+        for spec, arg in zip(table, args):  # noqa: B905  trailing arguments may be missing
             if spec is None or arg is None:
                 continue
-            dtype, dims, offsets, ragged = spec
+            name, dtype, dims, offsets, leading, text = spec
             if first is None:
                 first, device = arg.dtype, arg.device
             elif arg.device != device:
-                raise ValueError(f"{op}: {_name(arg, args)} is on {arg.device}, but {first_name} on {device}")
+                raise ValueError(f"{op}: {name} is on {arg.device}, but {first_name} is on {device}")
             if arg.dtype is not (dtype or first) and not (dtype is _ANY_FLOAT and arg.is_floating_point()):
-                raise ValueError(f"{op}: {_name(arg, args)} is {arg.dtype}, but must be {dtype or first}")
+                wanted = dtype or f"{first}, the dtype of {first_name}"
+                raise ValueError(f"{op}: {name} must have {wanted}, but has {arg.dtype}")
             shape = arg.shape
-            if ragged:
-                lead = len(shape) - len(dims)
-                if lead < 0 or sizes.setdefault("...", shape[:lead]) != shape[:lead]:
-                    mismatch(args, arg, sizes)
-                shape = shape[lead:]
-            elif len(shape) != len(dims):
-                mismatch(args, arg, sizes)
+            if leading:
+                split = max(len(shape) - len(dims), 0)
+                if sizes.setdefault("...", shape[:split]) != shape[:split]:
+                    raise ValueError(f"{op}: {disagreement(spec, '...', shape[:split], sizes['...'], shape)}")
+                shape = shape[split:]
+            if len(shape) != len(dims):
+                raise ValueError(f"{op}: {name} must have shape {text}, but has {list(arg.shape)}")
             if offsets:
                 shape = [size - offset for size, offset in zip(shape, offsets, strict=True)]
-            for dim, size in zip(dims, shape):  # noqa: B905  their lengths are equal, and this is hot
+            for dim, size in zip(dims, shape):  # noqa: B905  of equal lengths
                 if sizes.setdefault(dim, size) != size:
-                    mismatch(args, arg, sizes)
+                    raise ValueError(f"{op}: {disagreement(spec, dim, size, sizes[dim], arg.shape)}")
 
-    def _name(arg: Any, args: Sequence[Any]) -> str:
-        return next(name for name, value in zip(names, args, strict=False) if value is arg)
-
-    def mismatch(args: Sequence[Any], arg: Any, sizes: dict[str, Any]) -> None:
-        name = _name(arg, args)
-        dims = specs[name].rpartition(":")[2].split()
-        known = [dim for dim in (dim.partition("+")[0] for dim in dims) if dim in sizes and not dim.isdigit()]
-        values = ", ".join(f"{dim} = {sizes[dim]}" for dim in dict.fromkeys(known))
-        raise ValueError(
-            f"{op}: {name} has the shape {list(arg.shape)}, but must have [{', '.join(dims)}]"
-            + (f" with {values}" if values else "")
-        )
+    def disagreement(spec: _Spec, dim: str, size: Any, met: Any, shape: torch.Size) -> str:
+        if dim in numbers:
+            return f"{spec.name} must have shape {spec.text}, but has {list(shape)}"
+        other = next(other for other in table if other and dim in ("..." if other.leading else "", *other.dims))
+        return f"{spec.name} of shape {list(shape)} has {dim} = {size}, but {other.name} has {dim} = {met}"
 
     return check
 
 
 def segment_lengths(op: str, name: str, bounds: Tensor, total: int) -> list[int]:
-    """How many rows each segment owns; `bounds` are their first rows and the end. Raises ValueError where they do not
-    rise from 0 to `total`. Reads values."""
+    """How many rows each segment owns; `bounds` are the segments' first rows and the end.
+
+    Reads values. Raises ValueError where they do not rise from 0 to `total`.
+    """
     ends = bounds.tolist()
     lengths = [end - begin for begin, end in pairwise(ends)]
     if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
@@ -89,15 +87,17 @@ def segment_lengths(op: str, name: str, bounds: Tensor, total: int) -> list[int]
     return lengths
 
 
-def _parse(text: str, first: bool) -> _Spec:
+def _parse(name: str, text: str, first: bool) -> _Spec:
     dtype, _, shape = text.rpartition(":")
     dims = shape.split()
-    ragged = dims[0] == "..."
-    pairs = [dim.partition("+") for dim in dims[ragged:]]
+    leading = dims[0] == "..."
+    pairs = [dim.partition("+") for dim in dims[leading:]]
     offsets = tuple(int(offset or 0) for _, _, offset in pairs)
     return _Spec(
+        name,
         _DTYPES.get(dtype, _ANY_FLOAT) if dtype or first else None,
-        tuple(name for name, _, _ in pairs),
+        tuple(symbol for symbol, _, _ in pairs),
         offsets if any(offsets) else None,
-        ragged,
+        leading,
+        f"[{', '.join(dims)}]",
     )

@@ -1,0 +1,35 @@
+"""add_rms_norm_ against its float64 formula; the sum it normalises is the rounded one that it stores."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from comparing import assert_close, refused
+from test_rms_norm import reference
+
+from pyllama.ops.add_rms_norm import add_rms_norm_
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple]:
+    yield torch.randn(3, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype), torch.randn(8, dtype=dtype), 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (7, 768), (2, 3, 128), (0, 64), (3, 8192)])
+def test_formula(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    x, residual = torch.randn(2, *shape, dtype=dtype, device=device)
+    weight = torch.randn(shape[-1], dtype=dtype, device=device)
+    total = (x.double() + residual.double()).to(dtype)
+    expected = reference(total, weight, 1e-5)
+    assert add_rms_norm_(x, residual, weight, 1e-5) is None
+    assert torch.equal(residual, total)
+    assert_close(x, expected)
+
+
+def test_arguments(device: str) -> None:
+    x, weight = torch.randn(2, 64, device=device), torch.ones(64, device=device)
+    with refused(r"add_rms_norm_: residual of shape \[3, 64\]"):
+        add_rms_norm_(x, torch.randn(3, 64, device=device), weight, 1e-6)
+    with refused(r"add_rms_norm_: weight of shape \[8\] has D = 8, but x has D = 64"):
+        add_rms_norm_(x, x.clone(), weight[:8], 1e-6)
+    with refused("add_rms_norm_: residual must have .*dtype of x"):
+        add_rms_norm_(x, x.double(), weight, 1e-6)
