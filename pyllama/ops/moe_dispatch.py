@@ -16,9 +16,11 @@ def moe_dispatch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
     indices: int32 [T, N], experts in [0, num_experts). Results, all int32: rows [T*N], the token of each sorted row;
     offsets [E + 1], where expert e owns sorted rows offsets[e] to offsets[e + 1]; positions [T, N], the sorted row of
-    each pair. Raises ValueError for shapes that do not fit.
+    each pair. Raises ValueError for shapes or values that do not fit.
     """
     T, N = indices.shape
+    if num_experts < 1:
+        raise ValueError(f"moe_dispatch: num_experts is {num_experts}, but must be at least 1")
     experts_M, order_M = indices.flatten().sort(stable=True)
     bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=indices.device)
     offsets = torch.searchsorted(experts_M, bounds, out_int32=True)

@@ -1,0 +1,81 @@
+"""grouped_linear row by row in float64."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from comparing import assert_close, bounds, int32, numpy, refused
+from torch import Tensor
+
+from pyllama.ops.grouped_linear import grouped_linear
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple]:
+    weight = torch.randn(4, 6, 8, dtype=dtype)
+    yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 2, 2, 6, 7), int32(0, 3, 3, 1, 4, 0, 2)
+    yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 0, 1, 5, 5)
+
+
+def reference(x: Tensor, weight: Tensor, counts: list[int], rows: Tensor | None) -> np.ndarray:
+    x_TD, weight_EFD = numpy(x), numpy(weight)
+    owners = [e for e, count in enumerate(counts) for _ in range(count)]
+    sources = range(len(owners)) if rows is None else rows.tolist()
+    out = [weight_EFD[e] @ x_TD[source] for e, source in zip(owners, sources, strict=True)]
+    return np.array(out).reshape(len(owners), weight.shape[1])
+
+
+COUNTS = {
+    "one-token": [0, 1, 0, 1],
+    "all-to-one": [0, 37, 0, 0],
+    "uneven": [5, 0, 1, 70],
+    "even": [16, 16, 16, 16],
+    "empty": [0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["own-rows", "gathered"])
+@pytest.mark.parametrize(("D", "F"), [(64, 128), (256, 72)])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_formula(counts: list[int], D: int, F: int, gather: bool, dtype: torch.dtype, device: str) -> None:
+    M, tokens = sum(counts), 9
+    x = torch.randn(tokens if gather else M, D, dtype=dtype, device=device)
+    weight = torch.randn(len(counts), F, D, dtype=dtype, device=device)
+    rows = torch.randint(tokens, (M,), dtype=torch.int32, device=device) if gather else None
+    out = grouped_linear(x, weight, bounds(counts, device), rows)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert_close(out, reference(x, weight, counts, rows))
+
+
+def test_experts_without_rows_are_not_read(device: str) -> None:
+    weight = torch.full((3, 8, 64), float("nan"), device=device)
+    weight[1] = 1.0
+    out = grouped_linear(torch.ones(2, 64, device=device), weight, bounds([0, 2, 0], device))
+    assert (out == 64).all()
+
+
+def test_experts_without_rows_get_a_zero_gradient(device: str) -> None:
+    weight = torch.randn(3, 8, 64, device=device, requires_grad=True)
+    x = torch.ones(2, 64, device=device, requires_grad=True)
+    grouped_linear(x, weight, bounds([0, 2, 0], device)).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[0].eq(0).all()
+    assert weight.grad[1].eq(2).all()
+    assert weight.grad[2].eq(0).all()
+
+
+def test_arguments(device: str) -> None:
+    x, weight = torch.randn(3, 64, device=device), torch.randn(2, 8, 64, device=device)
+    with refused(r"grouped_linear: weight of shape \[2, 8, 32\] has D = 32, but x has D = 64"):
+        grouped_linear(x, weight[..., :32], bounds([1, 2], device))
+    with refused(r"grouped_linear: offsets of shape \[2\] has E = 1, but weight has E = 2"):
+        grouped_linear(x, weight, bounds([3], device))
+    with refused("grouped_linear: rows must have .*int32"):
+        grouped_linear(x, weight, bounds([1, 2], device), torch.zeros(3, dtype=torch.int64, device=device))
+
+
+def test_offsets_that_do_not_cover_the_rows() -> None:
+    """Only the eager body reads values."""
+    with refused("grouped_linear: offsets must rise from 0 to 3"):
+        grouped_linear(torch.randn(3, 8), torch.randn(2, 4, 8), int32(0, 1, 2))
