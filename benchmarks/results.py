@@ -1,0 +1,70 @@
+"""Where benchmarks put what they measure: JSON lines that name device, versions and commit, on disk row by row."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pyllama
+
+
+def commit() -> str:
+    """The checkout's commit, with a "+" if files differ from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def processor() -> str:
+    """The CPU's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+class Results:
+    """A file of results, to which a run appends."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        cuda = torch.cuda.is_available()
+        self._origin = {
+            "device": torch.cuda.get_device_name() if cuda else processor(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyllama": pyllama.__version__,
+            "commit": commit(),
+        }
+
+    def add(self, **row: Any) -> None:
+        """Appends a row; it is on disk when this returns."""
+        self.rows.append(row)
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        with self.path.open("a") as file:
+            file.write(json.dumps({**row, **self._origin, "time": time}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def show(self, title: str) -> None:
+        """Prints this run's rows as a table, and where they are."""
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        lines = [columns, *([str(row.get(name, "")) for name in columns] for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+        print(f"\n{title}; {self._origin['device']}, torch {self._origin['torch']}")
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(f"appended to {self.path}")
