@@ -62,7 +62,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * (DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1)
+        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -174,37 +174,41 @@ def plan(
     """
     rules = [(_pattern(rule.target), rule) for rule in table.rules]
     parts: dict[str, list[Part]] = {name: [] for name in parameters}
-    missing: list[str] = []
+    wanted: set[str] = set()
     misfits: list[str] = []
     for parameter, shape in parameters.items():
         matches = ((pattern.fullmatch(parameter), rule) for pattern, rule in rules)
         match, rule = next(((match, rule) for match, rule in matches if match), (None, None))
         if match is None or rule is None:
-            missing.append(f"a rule for the parameter {parameter}")
+            wanted.add(f"a rule for the parameter {parameter}")
             continue
         by_expert = any("{e}" in source for source in rule.sources)
         for expert in range(shape[0]) if by_expert else [None]:
             names = [source.format(e=expert, **match.groupdict()) for source in rule.sources]
-            if absent := [name for name in names if name not in tensors]:
-                missing += absent
+            wanted.update(names)
+            if any(name not in tensors for name in names):
                 continue
             shapes = [tensors[name].shape for name in names]
-            wanted = tuple(shape[1:] if by_expert else shape)
-            if not _stacks_to(shapes, wanted):
+            whole = tuple(shape[1:] if by_expert else shape)
+            if not _stacks_to(shapes, whole):
                 have = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
-                misfits.append(f"{have} should {'stack to' if len(names) > 1 else 'be'} {list(wanted)}")
+                misfits.append(f"{have} should {'stack to' if len(names) > 1 else 'be'} {list(whole)}")
                 continue
             rows = [shape[0] for shape in shapes]
             parts[parameter] += [Part(name, sum(rows[:n]), expert) for n, name in enumerate(names)]
 
-    if missing or misfits:
-        raise _mismatch({"missing": missing, "of a wrong shape": misfits})
-    used = {part.tensor for found in parts.values() for part in found}
     skip = [_pattern(name) for name in table.skip]
-    unused = [name for name in tensors.keys() - used if not any(s.fullmatch(name) for s in skip)]
-    unread = [f"{name} ({tensors[name].dtype})" for name in used if tensors[name].dtype not in DTYPES]
-    if unused or unread:
-        raise _mismatch({"not part of the model": unused, f"not {', '.join(DTYPES)}": unread})
+    problems = {
+        "missing": wanted - tensors.keys(),
+        "of a wrong shape": misfits,
+        "not part of the model": [n for n in tensors.keys() - wanted if not any(s.fullmatch(n) for s in skip)],
+        f"not {', '.join(DTYPES)}": [
+            f"{name} ({tensors[name].dtype})" for name in wanted & tensors.keys() if tensors[name].dtype not in DTYPES
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
+        raise CheckpointError(f"the checkpoint's tensors are not those of its config.json: {found}")
     return parts
 
 
@@ -228,11 +232,6 @@ def _stacks_to(shapes: Sequence[tuple[int, ...]], wanted: tuple[int, ...]) -> bo
     """Whether tensors of these shapes, stacked along their first dimension, have the wanted shape."""
     fit = all(len(shape) == len(wanted) > 0 and shape[1:] == wanted[1:] for shape in shapes)
     return fit and sum(shape[0] for shape in shapes) == wanted[0]
-
-
-def _mismatch(problems: Mapping[str, Collection[str]]) -> CheckpointError:
-    found = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
-    return CheckpointError(f"the checkpoint's tensors are not those of its config.json: {found}")
 
 
 def _pattern(name: str) -> re.Pattern[str]:

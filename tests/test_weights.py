@@ -127,6 +127,7 @@ def test_reading_makes_no_copy(tmp_path: Path) -> None:
         (lambda t: t.pop("h.12.experts.2.up"), r"1 missing: h.12.experts.2.up$"),
         (lambda t: [t.pop(k) for k in list(t) if "12" in k], r"9 missing: h.12.experts.0.gate, .* and 5 more$"),
         (lambda t: t.update(odd=torch.ones(2), even=torch.ones(2)), "2 not part of the model: even, odd$"),
+        (lambda t: t.update(wte=t.pop("embed")), "1 missing: embed; 1 not part of the model: wte$"),
         (lambda t: t.update({"h.12.experts.3.up": torch.ones(3, 2)}), "not part of the model: h.12.experts.3.up"),
         (lambda t: t.update(h_0_inv_freq=torch.ones(1)), "1 not part of the model: h_0_inv_freq$"),
         (lambda t: t.update(embed=torch.ones(7, 5)), r"wrong shape: embed \[7, 5\] should be \[7, 4\]"),
