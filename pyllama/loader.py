@@ -63,7 +63,7 @@ def load(
         folder = _download(str(source), CONFIG_FILES)
     config, family = _read_config(folder, ignore_config_keys)
     if remote:  # only now: what cannot be read is not worth the download
-        folder = _download(str(source), WEIGHT_FILES)
+        folder = _download(str(source), CONFIG_FILES + WEIGHT_FILES)
     model = _load_weights(folder, config, family, target, chosen)
     model.tokenizer = Tokenizer.from_folder(folder)
     model.eos_token_ids = _eos_token_ids(folder, model.tokenizer)
