@@ -64,9 +64,7 @@ def generate(
     checkpoint has no tokenizer or chat template; MemoryError when the cache does not fit.
     """
     chunks, single = _start(**locals())  # locals: the arguments, as they came
-    last = sorted(
-        (chunk for chunk in chunks if chunk.completion), key=lambda chunk: (chunk.index, chunk.sample)
-    )
+    last = sorted((chunk for chunk in chunks if chunk.completion), key=lambda chunk: (chunk.index, chunk.sample))
     flat = [chunk.completion for chunk in last]
     results = flat if n == 1 else [flat[i : i + n] for i in range(0, len(flat), n)]
     return results[0] if single else results
@@ -100,9 +98,7 @@ def stream(
     return _start(**locals())[0]
 
 
-def _start(
-    model: Model | str | Path, prompt: Any, use_cache: bool, **options: Any
-) -> tuple[Iterator[Chunk], bool]:
+def _start(model: Model | str | Path, prompt: Any, use_cache: bool, **options: Any) -> tuple[Iterator[Chunk], bool]:
     """Checks the arguments of `generate`; the chunks to come, and whether `prompt` is a single one."""
     params = SamplingParams(**options)
     if not isinstance(use_cache, bool):
@@ -155,9 +151,7 @@ def _token_ids(model: Model, prompt: Any, name: str) -> list[int]:
 
 def _encoded(tokenizer: Tokenizer | None, prompt: Any, name: str) -> list[int]:
     if tokenizer is None:
-        raise ValueError(
-            f"{name} is text, but the checkpoint has no tokenizer.json; give a list of token ids"
-        )
+        raise ValueError(f"{name} is text, but the checkpoint has no tokenizer.json; give a list of token ids")
     if prompt == "":
         raise ValueError(f"{name} is empty; to begin from nothing give a list with the id of a first token")
     if not isinstance(prompt, str):

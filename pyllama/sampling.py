@@ -188,7 +188,4 @@ def token_logprobs(logits_BV: Tensor, tokens_B: Tensor, top: int) -> list[TokenL
     values_BN, ids_BN = logprobs_BV.topk(top, dim=-1)
     chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
     rows = zip(tokens_B.tolist(), chosen_B.tolist(), ids_BN.tolist(), values_BN.tolist(), strict=True)
-    return [
-        TokenLogprobs(token, logprob, dict(zip(ids, values, strict=True)))
-        for token, logprob, ids, values in rows
-    ]
+    return [TokenLogprobs(token, logprob, dict(zip(ids, values, strict=True))) for token, logprob, ids, values in rows]

@@ -29,6 +29,7 @@ class Decoding:
     sequence from its beginning at each step. Raises MemoryError when the cache does not fit.
     """
 
+    @torch.inference_mode()
     def __init__(
         self,
         model: Model,
@@ -94,9 +95,7 @@ class CachedContext:
     partly filled one. All pages are taken at the start, since the length of every sequence is bounded.
     """
 
-    def __init__(
-        self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], n: int
-    ) -> None:
+    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], n: int) -> None:
         self._model = model
         self._prompts = prompts
         self._n = n
@@ -172,9 +171,7 @@ class CachedContext:
 class WholeContext:
     """Sequences without a cache, each computed from its beginning at every step."""
 
-    def __init__(
-        self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], n: int
-    ) -> None:
+    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], n: int) -> None:
         self._model = model
         self._tokens = [torch.tensor(prompt, device=model.device) for prompt in prompts for _ in range(n)]
 

@@ -122,9 +122,7 @@ class Tokenizer:
         """The token as the vocabulary spells it; "" for those that are no text: special and unknown ones."""
         return "" if token_id in self.special_ids else self.backend.id_to_token(token_id) or ""
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The chat as one text, ready for `encode(text, add_special_tokens=False)`.
 
         messages: [{"role": "user", "content": "..."}, ...], as the template wants them;
@@ -209,9 +207,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """jinja2's own filter escapes HTML, which a model must not see."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:
