@@ -11,9 +11,9 @@ from pyllama.ops.attention import attention
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    q, k, v = (torch.randn(rows, heads, 8, dtype=dtype) for rows, heads in ((5, 4), (9, 2), (9, 2)))
+    q, k, v = (torch.randn(rows, heads, 4, dtype=dtype) for rows, heads in ((5, 4), (9, 2), (9, 2)))
     yield q, k, v, int32(0, 2, 5), int32(0, 3, 9), 3, 6
-    yield q, k, v[:, :, :6].contiguous(), int32(0, 4, 5), int32(0, 2, 9), 4, 7, 0.3, 2
+    yield q, k, v[:, :, :3].contiguous(), int32(0, 4, 5), int32(0, 2, 9), 4, 7, 0.3, 2
 
 
 # Lengths of queries and keys of each sequence: equal (training), one query (decode), a chunk at the end of longer

@@ -1,0 +1,252 @@
+"""sample against a reference written with Python's integers and numpy's float64, by sorting, one sequence at a time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparing import numpy, refused
+from torch import Tensor
+
+from pyllama.ops.sample import philox, sample
+
+MASK = 0xFFFFFFFF
+
+
+def options(B: int, device: str = "cpu", **given: Any) -> dict[str, Tensor]:
+    """sample's options for B sequences, each a number for all or a list; without one: plain sampling."""
+    dtypes = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+    dtypes |= {"seed": torch.int64, "step": torch.int64}
+    if any(name.endswith("penalty") for name in given):
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        dtypes |= dict.fromkeys(penalties, torch.float32) | {"prompt_mask": torch.bool, "counts": torch.int32}
+    plain = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
+    return {
+        name: torch.as_tensor(given.get(name, plain.get(name, 0)), dtype=dtype)
+        .expand(*([B] if name not in ("prompt_mask", "counts") else [B, -1]))
+        .contiguous()
+        .to(device)
+        for name, dtype in dtypes.items()
+    }
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple]:
+    logits = torch.randn(3, 20, dtype=dtype)
+    yield logits, *options(3, temperature=[0.0, 0.5, 1.0], top_k=5, top_p=0.9, seed=[1, 2, 3]).values()
+    mask = torch.rand(3, 20) < 0.3
+    yield logits, *options(3, repetition_penalty=1.2, prompt_mask=mask, counts=mask.int()).values()
+
+
+def philox_of_one(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 with Python's integers, after the paper (Salmon et al., SC 2011, section 3.3)."""
+    for _ in range(10):
+        hi0, lo0 = divmod(0xD2511F53 * counter[0], 1 << 32)
+        hi1, lo1 = divmod(0xCD9E8D57 * counter[2], 1 << 32)
+        counter = [hi1 ^ counter[1] ^ key[0], lo1, hi0 ^ counter[3] ^ key[1], lo0]
+        key = [(key[0] + 0x9E3779B9) & MASK, (key[1] + 0xBB67AE85) & MASK]
+    return counter
+
+
+def noise_of_one(V: int, seed: int, step: int) -> np.ndarray:
+    key = [seed & MASK, seed >> 32 & MASK]
+    bits = [philox_of_one([block, step & MASK, 0, 0], key) for block in range(-(-V // 4))]
+    uniform = (np.array(bits).flatten()[:V] // 512 + 0.5) / 2**23
+    return -np.log(-np.log(uniform))
+
+
+def filtered(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """The logits that are left, -inf elsewhere."""
+    scores = logits / temperature
+    if top_k > 0:
+        scores = np.where(scores >= sorted(scores, reverse=True)[min(top_k, len(scores)) - 1], scores, -np.inf)
+    if top_p < 1:
+        probabilities = np.exp(scores - scores.max())
+        probabilities /= probabilities.sum()
+        likelier = np.array([probabilities[scores > score].sum() for score in scores])
+        scores = np.where(likelier < top_p, scores, -np.inf)
+    return np.where(np.exp(scores - scores.max()) >= min_p, scores, -np.inf)
+
+
+FILTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.3},
+    "hot": {"temperature": 5.0},
+    "top-k": {"top_k": 7},
+    "top-k-of-all": {"top_k": 10_000},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.1},
+    "all": {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.02},
+    "different": {
+        "temperature": [0.0, 0.5, 1.0, 2.0] * 4,
+        "top_k": [0, 3, 0, 9] * 4,
+        "top_p": [0.9, 1.0, 0.5, 0.99] * 4,
+        "min_p": [0.0, 0.0, 0.2, 0.01] * 4,
+    },
+}
+
+
+@pytest.mark.parametrize("V", [1, 103, 1000])
+@pytest.mark.parametrize("given", FILTERS.values(), ids=FILTERS)
+def test_formula(given: dict[str, Any], V: int, dtype: torch.dtype, device: str) -> None:
+    B = 16
+    logits = 3 * torch.randn(B, V, dtype=dtype, device=device)
+    seeds, steps = torch.randint(-(2**62), 2**62, (B,)), torch.randint(2**33, (B,))
+    chosen = options(B, device, **given, seed=seeds, step=steps)
+    tokens = sample(logits, **chosen)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (B,)
+    rows = zip(numpy(logits), *(x.tolist() for x in chosen.values()), tokens.tolist(), strict=True)
+    for row, temperature, top_k, top_p, min_p, seed, step, token in rows:
+        noisy = row
+        if temperature > 0:
+            noisy = filtered(row, temperature, top_k, top_p, min_p) + noise_of_one(V, seed, step)
+        assert noisy[token] >= noisy.max() - 1e-5 * max(1, abs(noisy.max()))  # up to float32's rounding
+
+
+def test_greedy(dtype: torch.dtype, device: str) -> None:
+    logits = torch.randn(5, 300, dtype=dtype, device=device)
+    logits[0, [7, 250]] = 9.0  # of equals the lowest index
+    logits[1] = 0.0
+    tokens = sample(logits, **options(5, device, temperature=0.0, top_k=5, top_p=0.3, min_p=0.5))
+    assert tokens.tolist() == [7, 0, *numpy(logits)[2:].argmax(-1)]
+
+
+def test_filters_keep_ties(device: str) -> None:
+    """Three equal tokens at the edge: top-k and top-p keep all of them, and nothing below."""
+    logits = torch.log(torch.tensor([0.3, 0.2, 0.2, 0.2, 0.1], device=device)).expand(400, 5).contiguous()
+    seed = torch.arange(400)
+    for given in ({"top_k": 2}, {"top_k": 3}, {"top_p": 0.31}, {"top_p": 0.5}, {"min_p": 0.6}):
+        assert sample(logits, **options(400, device, seed=seed, **given)).unique().tolist() == [0, 1, 2, 3]
+    for given in ({"top_k": 1}, {"top_p": 0.29}, {"top_p": 1e-9}, {"min_p": 0.7}):
+        assert sample(logits, **options(400, device, seed=seed, **given)).unique().tolist() == [0]
+    assert sample(logits, **options(400, device, seed=seed, top_p=0.91)).unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_excluded_tokens_are_never_chosen(device: str) -> None:
+    """A grammar sets logits to -inf; fewer than top_k may be left."""
+    logits = torch.full((200, 50), -torch.inf, device=device)
+    logits[:, [3, 17]] = torch.tensor([1.0, 1.5], device=device)
+    for given in ({}, {"top_k": 10}, {"top_p": 0.99}, {"min_p": 0.1}):
+        tokens = sample(logits, **options(200, device, seed=torch.arange(200), **given))
+        assert tokens.unique().tolist() == [3, 17]
+
+
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.5, "top_k": 9, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
+@pytest.mark.parametrize("counting", ["seed", "step"])
+def test_frequencies(counting: str, given: dict[str, Any], device: str) -> None:
+    """Over many seeds, and over many steps of one seed, tokens come as often as their probability says."""
+    B, V = 40_000, 23
+    logits = torch.randn(V, device=device)
+    chosen = options(B, device, **given, **{counting: torch.arange(B)})
+    tokens = sample(logits.expand(B, V).contiguous(), **chosen)
+    scores = filtered(numpy(logits), *(chosen[name][0].item() for name in ("temperature", "top_k", "top_p", "min_p")))
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    expected, seen = B * probabilities, np.bincount(tokens.cpu(), minlength=V)
+    kept = expected > 0
+    assert seen[~kept].sum() == 0
+    freedom = kept.sum() - 1
+    chi_square = ((seen - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)  # mean and 4 standard deviations
+    both = np.zeros((V, V))  # neighbouring draws are independent
+    np.add.at(both, (tokens[:-1].cpu(), tokens[1:].cpu()), 1)
+    expected_both = B * np.outer(probabilities, probabilities)
+    enough = expected_both > 5
+    chi_square = ((both - expected_both)[enough] ** 2 / expected_both[enough]).sum()
+    assert chi_square < enough.sum() + 5 * np.sqrt(2 * enough.sum())
+
+
+def test_the_same_alone_and_in_a_batch(device: str) -> None:
+    logits = torch.randn(9, 500, device=device)
+    chosen = options(9, device, temperature=[0, 0.5, 1] * 3, top_k=40, top_p=0.9, seed=[7] * 9, step=range(9))
+    together = sample(logits, **chosen)
+    for b in range(9):
+        alone = sample(logits[b : b + 1], **{name: x[b : b + 1] for name, x in chosen.items()})
+        assert alone.item() == together[b].item()
+
+
+def test_penalties(device: str) -> None:
+    """Against the formulas, read off greedy choices: the token wins iff its penalised logit beats a threshold."""
+    B, V = 64, 31
+    logits = 2 * torch.randn(B, V, device=device)
+    mask, counts = torch.rand(B, V) < 0.3, torch.randint(4, (B, V)) * (torch.rand(B, V) < 0.4)
+    repetition, presence, frequency = 1 + torch.rand(B), torch.randn(B), torch.randn(B)
+    chosen = options(
+        B,
+        device,
+        temperature=0.0,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        prompt_mask=mask,
+        counts=counts,
+    )
+    tokens = sample(logits, **chosen).tolist()
+    changed = 0
+    for b, row in enumerate(numpy(logits)):
+        penalised = row.copy()
+        for v in range(V):
+            if mask[b, v] or counts[b, v] > 0:
+                penalised[v] = row[v] / repetition[b] if row[v] > 0 else row[v] * repetition[b]
+            penalised[v] -= presence[b] * (counts[b, v] > 0) + frequency[b] * counts[b, v]
+        assert tokens[b] == penalised.argmax()
+        changed += penalised.argmax() != row.argmax()
+    assert changed > B // 4
+
+
+def test_repetition_agrees_with_transformers() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits, seen = 2 * torch.randn(40, 50), torch.randint(50, (40, 12))
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, logits).argmax(-1)
+    mask, counts = torch.zeros(40, 50, dtype=torch.bool), torch.zeros(40, 50, dtype=torch.int32)
+    mask.scatter_(1, seen[:, :5], True)
+    counts.scatter_(1, seen[:, 5:], 1)
+    chosen = options(40, temperature=0.0, repetition_penalty=1.7, prompt_mask=mask, counts=counts)
+    assert torch.equal(sample(logits, **chosen), expected)
+
+
+def test_filters_agree_with_transformers() -> None:
+    """The support of 300 samples per row is what transformers' warpers leave."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits, draws = torch.randn(8, 12), 3000
+    left = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(9)(None, logits.clone()))
+    left = MinPLogitsWarper(0.05)(None, left)
+    chosen = options(8 * draws, top_k=9, top_p=0.8, min_p=0.05, seed=torch.arange(8 * draws))
+    tokens = sample(logits.repeat_interleave(draws, 0), **chosen).view(8, draws)
+    for row, kept in zip(tokens, left > -torch.inf, strict=True):
+        assert row.unique().tolist() == kept.nonzero().flatten().tolist()
+
+
+# Random123's known answers (its tests/kat_vectors): counter, key, result.
+KNOWN_ANSWERS = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([MASK] * 4, [MASK] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox(counter: list[int], key: list[int], expected: list[int]) -> None:
+    assert philox_of_one(counter, key) == expected
+    words = philox(tuple(torch.tensor([word]) for word in counter), (torch.tensor([key[0]]), torch.tensor([key[1]])))
+    assert [word.item() for word in words] == expected
+
+
+def test_arguments(device: str) -> None:
+    logits, chosen = torch.randn(2, 9, device=device), options(2, device)
+    with refused(r"sample: top_k of shape \[1\] has B = 1, but logits has B = 2"):
+        sample(logits, **chosen | {"top_k": chosen["top_k"][:1]})
+    with refused("sample: seed must have .*int64"):
+        sample(logits, **chosen | {"seed": chosen["seed"].int()})
+    with refused("sample: .* go together"):
+        sample(logits, **chosen, repetition_penalty=torch.ones(2, device=device))
+    with refused(r"sample: counts of shape \[2, 8\] has V = 8, but logits has V = 9"):
+        some = options(2, device, presence_penalty=1.0, prompt_mask=[False] * 9, counts=[0] * 8)
+        sample(logits, **some)
