@@ -62,8 +62,8 @@ void enable(const std::string& key) {
     for (const KernelEntry& kernel : kernel_table()) {
         if (key != kernel.key) continue;
         if (!library)
-            library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "pyllama", kernel.key, __FILE__,
-                                                      __LINE__);
+            library =
+                std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "pyllama", kernel.key, __FILE__, __LINE__);
         library->impl(kernel.op, kernel.function);
     }
     if (!library) throw py::value_error("this build has no kernels for dispatch key " + key);

@@ -4,26 +4,24 @@
 // A row stays in its threads' registers between the sum and the scaling, so that x is read once: up to 16384
 // columns in float32, 32768 in 16 bits; what a row has beyond is read twice. Short rows share a block.
 #include <algorithm>
-#include <climits>
 
 #include "common/op.h"
 #include "common/reduce.h"
+#include "common/rows.h"
 #include "common/vector.h"
 
 namespace {
 
 constexpr int max_D = 65536;
-constexpr int max_rows = INT_MAX;  // of a grid's blocks
-constexpr int registers = 4;       // vectors that a thread keeps, and loads that it has in flight
+constexpr int registers = 4;  // vectors that a thread keeps, and loads that it has in flight
 
 template <class T>
 struct Params {
     const T* x_TD;
-    int64_t x_stride;  // elements between rows of x
+    Rows rows;  // of x
     const T* weight_D;
     T* y_TD;  // contiguous
-    int64_t num_rows;
-    int D;  // a multiple of 8
+    int D;    // a multiple of 8
     float eps;
 };
 
@@ -52,9 +50,9 @@ __device__ Vector<T> scaled(const Vector<T>& v, float scale, const Vector<T>& we
 template <class T>
 __global__ void __launch_bounds__(1024) kernel(const Params<T> p) {
     const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-    const int vectors = row < p.num_rows ? p.D / Vector<T>::size : 0;  // the last block may have no row for it
+    const int vectors = row < p.rows.count ? p.D / Vector<T>::size : 0;  // the last block may have no row for it
     const int first = threadIdx.x, step = blockDim.x, rest = first + registers * step;
-    const T* x = p.x_TD + row * p.x_stride;
+    const T* x = p.x_TD + p.rows.offset(row);
     T* y = p.y_TD + row * p.D;
 
     Vector<T> kept[registers];
@@ -92,7 +90,7 @@ Tile choose_tile(int vectors) {
 template <class T>
 void run(const Params<T>& p, cudaStream_t stream) {
     const Tile tile = choose_tile(p.D / Vector<T>::size);
-    const dim3 grid((p.num_rows + tile.rows - 1) / tile.rows), block(tile.threads, tile.rows);
+    const dim3 grid((int64_t(p.rows.count) + tile.rows - 1) / tile.rows), block(tile.threads, tile.rows);
     launch(kernel<T>, {grid, block, 0, stream}, p);
 }
 
@@ -100,23 +98,19 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     Arguments arguments("rms_norm");
     arguments.tensor("x", x, {"...", "D"});
     arguments.tensor("weight", weight, {"D"});
-    arguments.same_dtype("weight", weight);
     const int64_t D = arguments["D"];
     if (D == 0 || D % 8 != 0 || D > max_D)
         arguments.fail("D, the last dimension of x, is ", D, ", but must be a multiple of 8 up to ", max_D);
     const Rows rows = arguments.rows("x", x);
     arguments.rows("weight", weight);
-    if (rows.count > max_rows)
-        arguments.fail("x has ", rows.count, " rows, but at most ", max_rows, " are possible");
 
     Tensor y = torch::stable::new_empty(x, x.sizes());
     if (rows.count == 0) return y;
     const DeviceScope device(x);
-    with_float_type(arguments, "x", x, [&](auto element) {
+    arguments.with_float_type([&](auto element) {
         using T = decltype(element);
-        run<T>({static_cast<const T*>(x.const_data_ptr()), rows.stride,
-                static_cast<const T*>(weight.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()), rows.count,
-                int(D), float(eps)},
+        run<T>({static_cast<const T*>(x.const_data_ptr()), rows, static_cast<const T*>(weight.const_data_ptr()),
+                static_cast<T*>(y.mutable_data_ptr()), int(D), float(eps)},
                device.stream);
     });
     return y;

@@ -57,8 +57,7 @@ inline void check_cuda(cudaError_t error) {
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    throw std::runtime_error("this build of pyllama has kernels for " PYLLAMA_ARCHITECTURES
-                             ", but the GPU is sm_" +
+    throw std::runtime_error("this build of pyllama has kernels for " PYLLAMA_ARCHITECTURES ", but the GPU is sm_" +
                              std::to_string(major * 10 + minor) +
                              ": build it for that architecture, or run the eager ops with pyllama.eager()");
 }
@@ -90,8 +89,8 @@ void launch(void (*kernel)(Parameters...), const Launch& l, Arguments&&... argum
     config.numAttrs = l.overlap ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 #else
-    const std::tuple<void (*)(Parameters...), Parameters...> call(
-        kernel, Parameters(std::forward<Arguments>(arguments))...);
+    const std::tuple<void (*)(Parameters...), Parameters...> call(kernel,
+                                                                  Parameters(std::forward<Arguments>(arguments))...);
     emu::launch(l.grid, l.block, l.smem, l.overlap, emu::call<Parameters...>, &call);
 #endif
 }

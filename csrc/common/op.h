@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <climits>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
@@ -16,6 +18,7 @@
 #include <vector>
 
 #include "common/device.h"
+#include "common/rows.h"
 #include "common/table.h"
 
 using torch::headeronly::ScalarType;
@@ -39,11 +42,6 @@ class DeviceScope {
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
         stream = static_cast<cudaStream_t>(current);
     }
-};
-
-// A tensor whose last dimension is contiguous, all others taken as one.
-struct Rows {
-    int64_t count, stride;  // stride in elements
 };
 
 // The checks of one op's arguments. Dimensions have names: a name stands for the size that it first meets, and
@@ -87,12 +85,16 @@ class Arguments {
         throw std::invalid_argument(text.str());
     }
 
-    // Checks a tensor's shape, e.g. {"T", "D"}, or {"...", "D"} for any leading dimensions; and that it is where
-    // the op's first tensor is.
+    // Checks a tensor's shape, e.g. {"T", "D"}, or {"...", "D"} for any leading dimensions; and that its device and its
+    // dtype, one of with_float_type's, are those of the op's first tensor.
     void tensor(const char* name, const Tensor& t, std::initializer_list<const char*> shape_names) {
-        if (!first_) first_ = &t, first_name_ = name;
+        if (!first_) {
+            first_ = &t, first_name_ = name;
+            with_float_type([](auto) {});
+        }
         if (t.is_cuda() != first_->is_cuda() || t.get_device_index() != first_->get_device_index())
             fail(name, " is on ", device(t), ", but ", first_name_, " is on ", device(*first_));
+        if (t.scalar_type() != first_->scalar_type()) fail(name, " must have the dtype of ", first_name_);
 
         const bool leading = std::strcmp(*shape_names.begin(), "...") == 0;
         const int64_t named = int64_t(shape_names.size()) - leading, skipped = t.dim() - named;
@@ -116,41 +118,47 @@ class Arguments {
     // The size of a dimension that a tensor was checked with.
     int64_t operator[](const char* dimension) const { return find(dimension)->size; }
 
-    void same_dtype(const char* name, const Tensor& t) const {
-        if (t.scalar_type() != first_->scalar_type()) fail(name, " must have the dtype of ", first_name_);
-    }
-
     // The tensor's rows, each of which starts at a multiple of 16 bytes, for access in vectors.
     Rows rows(const char* name, const Tensor& t) const {
-        const int64_t last = t.dim() - 1, element_size = t.element_size();
-        Rows rows{1, t.size(last)};
-        bool regular = t.stride(last) == 1 || t.size(last) == 1;
+        const int64_t last = t.dim() - 1;
+        if (t.numel() / std::max<int64_t>(t.size(last), 1) > INT_MAX) fail(name, " has more than 2^31 - 1 rows");
+        Rows rows;
+        bool regular = t.stride(last) == 1 || t.size(last) == 1, grouped = false;
         for (int64_t i = last - 1; i >= 0; --i) {
-            if (t.size(i) == 1) continue;
-            if (rows.count == 1) rows.stride = t.stride(i);
-            regular = regular && t.stride(i) == rows.count * rows.stride;
-            rows.count *= t.size(i);
+            const int64_t size = t.size(i), stride = t.stride(i);
+            if (size == 1) continue;
+            if (rows.count == 1) rows.stride = stride;
+            if (!grouped && stride == rows.count * rows.stride) {
+                rows.group *= size;
+            } else if (!grouped) {
+                grouped = true;
+                rows.group_stride = stride;
+            } else if (stride != rows.count / rows.group * rows.group_stride) {
+                regular = false;
+            }
+            rows.count *= size;
         }
-        if (rows.count != 0 && !regular)
-            fail(name,
-                 " must be contiguous, or have contiguous rows at equal distances: call .contiguous() on it");
-        if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0 || rows.stride * element_size % 16 != 0)
+        if (t.numel() == 0) return {0};
+        if (!regular)
+            fail(name, " must be contiguous, or have contiguous rows in equal groups: call .contiguous() on it");
+        const int64_t size = t.element_size(), start = reinterpret_cast<intptr_t>(t.const_data_ptr());
+        if (start % 16 != 0 || rows.stride * size % 16 != 0 || rows.group_stride * size % 16 != 0)
             fail(name, " must have every row at a multiple of 16 bytes: call .clone() on it");
         return rows;
     }
-};
 
-// Calls f with a value of the tensor's element type: float, __half or __nv_bfloat16.
-template <class F>
-void with_float_type(const Arguments& arguments, const char* name, const Tensor& t, F f) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float:
-            return f(float{});
-        case ScalarType::Half:
-            return f(__half{});
-        case ScalarType::BFloat16:
-            return f(__nv_bfloat16{});
-        default:
-            arguments.fail(name, " must be float32, float16 or bfloat16");
+    // Calls f with a value of the first tensor's element type: float, __half or __nv_bfloat16.
+    template <class F>
+    void with_float_type(F f) const {
+        switch (first_->scalar_type()) {
+            case ScalarType::Float:
+                return f(float{});
+            case ScalarType::Half:
+                return f(__half{});
+            case ScalarType::BFloat16:
+                return f(__nv_bfloat16{});
+            default:
+                fail(first_name_, " must be float32, float16 or bfloat16");
+        }
     }
-}
+};
