@@ -51,7 +51,9 @@ def attention(
     k_lengths = segment_lengths("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     sequences = [
         attend(q_nHK, k_mGK.transpose(0, 1).unsqueeze(0), v_mGV.transpose(0, 1).unsqueeze(0), scale, window)
-        for q_nHK, k_mGK, v_mGV in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
+        for q_nHK, k_mGK, v_mGV in zip(
+            q.split_with_sizes(q_lengths), k.split_with_sizes(k_lengths), v.split_with_sizes(k_lengths), strict=True
+        )
     ]
     return joined(sequences, q, v.shape[2])
 

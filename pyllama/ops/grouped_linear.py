@@ -33,6 +33,6 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | No
     weights = weight.unbind() if weight.requires_grad else weight  # unbind: one gradient for all experts
     parts = [
         functional.linear(x_mD, weights[e])
-        for e, x_mD in zip(experts, x_MD.split([lengths[e] for e in experts]), strict=True)
+        for e, x_mD in zip(experts, x_MD.split_with_sizes([lengths[e] for e in experts]), strict=True)
     ]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])

@@ -46,7 +46,7 @@ def mla_paged_attention(
     if not 0 < rank <= L:
         raise ValueError(f"mla_paged_attention: rank is {rank}, but must be in 1 to L = {L}, the size of an entry")
     sequences = []
-    queries = q.split(segment_lengths("mla_paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
+    queries = q.split_with_sizes(segment_lengths("mla_paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
     for b, (q_nHL, length) in enumerate(zip(queries, seq_lens.tolist(), strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
         k_11mL = kv_cache.index_select(0, pages).view(1, 1, -1, L)[:, :, :length]
