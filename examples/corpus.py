@@ -103,8 +103,8 @@ def read_corpus(library: Path | None = None) -> Corpus:
     if not any(name.endswith(".py") for name, _ in named):
         raise FileNotFoundError(f"no Python sources in {library}: a Python that ships its library's sources is needed")
     seen: set[str] = set()
-    training, held_out = (
-        list(without_repetitions((clean(text) for name, texts in named if is_held_out(name) is part for text in texts), seen))
-        for part in (False, True)
-    )
-    return Corpus(training, held_out)
+    parts = []
+    for held_out in (False, True):  # training first, so that nothing of it is held out
+        texts = (clean(text) for name, texts in named if is_held_out(name) is held_out for text in texts)
+        parts.append(list(without_repetitions(texts, seen)))
+    return Corpus(*parts)
