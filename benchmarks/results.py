@@ -6,13 +6,13 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-import pyllama
 
 
 def commit() -> str:
@@ -34,6 +34,23 @@ def processor() -> str:
     return platform.processor()
 
 
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in columns, which are all their keys."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
 class Results:
     """A file of results, to which a run appends."""
 
@@ -46,7 +63,8 @@ class Results:
             "device": torch.cuda.get_device_name() if cuda else processor(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "pyllama": pyllama.__version__,
+            "cuda": torch.version.cuda,
+            "pyllama": package_version("pyllama"),
             "commit": commit(),
         }
 
@@ -61,10 +79,17 @@ class Results:
 
     def show(self, title: str) -> None:
         """Prints this run's rows as a table, and where they are."""
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        lines = [columns, *([str(row.get(name, "")) for name in columns] for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
         print(f"\n{title}; {self._origin['device']}, torch {self._origin['torch']}")
-        for line in lines:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(table(self.rows))
         print(f"appended to {self.path}")
+
+
+ORIGIN = ("device", "python", "torch", "cuda", "pyllama", "commit", "time")
+
+
+def read(path: Path, offset: int = 0) -> list[dict[str, Any]]:
+    """The rows that a file has from a position on, less where they come from."""
+    with path.open() as file:
+        file.seek(offset)
+        rows = [json.loads(line) for line in file if line.endswith("\n")]
+    return [{name: value for name, value in row.items() if name not in ORIGIN} for row in rows]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,9 +103,9 @@ def test_cpu_tensors_do_not_meet_cuda_kernels() -> None:
     assert torch.ops.pyllama.rms_norm(x, weight, 1e-5).shape == x.shape
 
 
-def test_importing_does_not_initialise_cuda() -> None:
+def test_importing_does_not_initialise_cuda(tmp_path: Path) -> None:
     code = "import torch, pyllama; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_links_torch_and_the_system_only() -> None:

@@ -1,0 +1,238 @@
+"""Tests and measures a checkout on this machine's GPU, without network: what `make gpu-check` calls.
+
+    python benchmarks/gpu_check.py [--out benchmarks/results] [test | bench | sanitize | model]...
+
+Builds the wheel with the installed tools (nvcc, cmake, ninja, pybind11, scikit-build-core), unpacks it into
+build/gpu-check, and runs the stages, each of which ends within nine minutes. Every result is on disk in --out as soon
+as it is known, as a row of a .jsonl file, every command's output as it comes in a .log file. Prints a table at the end,
+failures last, and exits with 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "build" / "gpu-check"  # where the wheel is unpacked
+STAGES = ("test", "bench", "sanitize", "model")
+STAGE_SECONDS = 520
+MAX_CHARACTERS = 10_000
+MODULES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "rich", "typer", "pytest")
+PYTHON = [sys.executable, "-P"]
+PYTEST: list[str | Path] = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_rows"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the verdict on its exit status and its output: "passed: ...", "failed: ..." or "skipped: ..."."""
+
+    name: str
+    command: list[str | Path]
+    verdict: Callable[[int, str], str]
+    rows: str | None = None  # the file of --out to which it appends
+
+
+def last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def by_status(status: int, output: str) -> str:
+    return f"{'passed' if status == 0 else 'failed'}: {last_line(output)}"
+
+
+def by_sanitizer(status: int, output: str) -> str:
+    errors = [int(count) for count in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)]
+    if not errors:  # it did not get to run anything
+        return f"skipped: {last_line(output)}"
+    return f"{'failed' if status or sum(errors) else 'passed'}: {sum(errors)} errors"
+
+
+def by_text(status: int, output: str) -> str:
+    if status:
+        return by_status(status, output)
+    run = json.loads(output[output.index("{") :])
+    completion = run["completions"][0]
+    verdict = "passed" if run["device"].startswith("cuda") and completion["text"] else "failed"
+    speed = completion["generation_tokens_per_second"]
+    return f"{verdict}: {run['device']} {run['dtype']}, {speed:.0f} tokens/s, {completion['text'][:60]!r}"
+
+
+def kernels() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
+
+
+def steps(stage: str, out: Path) -> Iterator[Step]:
+    tests = [ROOT / "tests" / "ops" / f"test_{name}.py" for name in kernels()]
+    if stage == "test":
+        command = [*PYTEST, "--rows", out / "tests.jsonl", *tests, ROOT / "tests" / "test_extension.py"]
+        yield Step("tests", command, by_status, "tests.jsonl")
+    elif stage == "bench":
+        yield Step("limits", [*PYTHON, ROOT / "benchmarks" / "limits.py", "--output", out], by_status, "limits.jsonl")
+        for name in kernels():
+            command = [*PYTHON, ROOT / "benchmarks" / "ops" / f"bench_{name}.py", "--output", out]
+            yield Step(name, command, by_status, f"{name}.jsonl")
+    elif stage == "sanitize":
+        sanitizer = (
+            shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin") or "compute-sanitizer"
+        )
+        for tool in ("memcheck", "racecheck"):
+            rows = f"{tool}.jsonl"
+            command = [sanitizer, "--tool", tool, *PYTEST, "--rows", out / rows, "-k", "cuda-cuda", *tests]
+            yield Step(tool, command, by_sanitizer, rows)
+    elif stage == "model":
+        yield Step("wheel", [*PYTHON, ROOT / "tests" / "wheel" / "smoke.py"], by_status)
+        command = [
+            *PYTHON,
+            "-c",
+            "from pyllama.cli import app; app()",
+            "generate",
+            "demo",
+            "The with statement",
+            "--json",
+        ]
+        yield Step("generate", command, by_text)
+
+
+def build(out: Path) -> str:
+    """Builds the wheel, unpacks it into TARGET, and gives the verdict."""
+    wheels = ROOT / "build" / "gpu-check-wheel"
+    shutil.rmtree(wheels, ignore_errors=True)
+    shutil.rmtree(TARGET, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps"]
+    command += ["--no-index", "--wheel-dir", wheels, ROOT]
+    status, output = execute(command, out / "build.log", STAGE_SECONDS)
+    if status:
+        return f"failed: {last_line(output)}"
+    (wheel,) = wheels.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(TARGET)
+    facts = (
+        "import torch; from pyllama import _C; print(_C.__file__); print('CUDA', _C.cuda_version, *_C.architectures)"
+    )
+    status, output = execute([*PYTHON, "-c", facts], out / "import.log", 60)
+    if status == 0 and not output.startswith(str(TARGET)):
+        return f"failed: {sys.executable} imports {output.splitlines()[0]}; uninstall pyllama there"
+    return by_status(status, output)
+
+
+def execute(command: list[str | Path], log: Path, seconds: float) -> tuple[int, str]:
+    """Runs a command, its output going to `log`; gives status and output. It is killed with all its children when
+    the time is over (status 124)."""
+    environment = dict(os.environ, PYTHONPATH=f"{TARGET}{os.pathsep}{ROOT / 'benchmarks'}", PYTHONUNBUFFERED="1")
+    with log.open("w") as file:
+        try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except FileNotFoundError:
+            return 127, f"{command[0]} is not installed"
+        try:
+            status = process.wait(max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = 124
+            file.write(f"\nstopped after {seconds:.0f} s\n")
+    return status, log.read_text(errors="replace")
+
+
+def device() -> str:
+    """The verdict on the device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"failed: no CUDA device: torch {torch.__version__} finds none"
+    major, minor = torch.cuda.get_device_capability()
+    return f"passed: {torch.cuda.get_device_name()}, sm_{major}{minor}, torch {torch.__version__}"
+
+
+def stage(name: str) -> str:
+    if name not in STAGES:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(STAGES)}")
+    return name
+
+
+def report(
+    checks: list[dict[str, object]], measured: list[dict[str, object]], failed_tests: list[dict[str, object]]
+) -> str:
+    """At most MAX_CHARACTERS; what failed comes last and is kept whole as far as possible."""
+    from results import table
+
+    failures = [row for row in checks if row["result"] == "failed"] + failed_tests
+    last = table([{**row, "detail": str(row["detail"])[:300]} for row in failures[:20]]) if failures else "no failures"
+    last = f"\n{len(failures)} failed\n{last}"[: MAX_CHARACTERS // 2]
+    first = table([{**row, "detail": str(row["detail"])[:120]} for row in checks if row["result"] != "failed"])
+    groups: dict[tuple[str, ...], list[dict[str, object]]] = {}
+    for row in measured:
+        groups.setdefault(tuple(row), []).append(row)
+    for rows in groups.values():
+        first += "\n\n" + table(rows)
+    room = MAX_CHARACTERS - len(last) - 20
+    return (first if len(first) <= room else first[:room] + "\n[...]") + "\n" + last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("stages", nargs="*", type=stage, metavar="stage", help=", ".join(STAGES))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = arguments.out.resolve()
+    checks: list[dict[str, object]] = []
+    measured: list[dict[str, object]] = []
+    failed_tests: list[dict[str, object]] = []
+
+    if missing := [name for name in MODULES if importlib.util.find_spec(name) is None]:
+        sys.exit(f"gpu-check: {sys.executable} lacks {', '.join(missing)}")
+    from results import Results, read
+
+    results = Results(out / "gpu_check.jsonl")
+
+    def add(stage: str, step: str, seconds: float, verdict: str) -> None:
+        result, _, detail = verdict.partition(": ")
+        row = {"stage": stage, "step": step, "result": result, "s": round(seconds), "detail": detail}
+        print(f"{stage} {step}: {verdict} ({seconds:.0f} s)", flush=True)
+        results.add(**row)
+        checks.append(row)
+
+    began = monotonic()  # the build counts for the first stage
+    on_device = device()
+    add("build", "device", 0, on_device)
+    built = build(out)
+    add("build", "wheel", monotonic() - began, built)
+    for name in arguments.stages or STAGES:
+        for step in steps(name, out):
+            if reason := next((verdict for verdict in (on_device, built) if verdict.startswith("failed")), None):
+                add(name, step.name, 0, reason.replace("failed", "skipped", 1))
+                continue
+            rows = out / step.rows if step.rows else None
+            offset = rows.stat().st_size if rows and rows.exists() else 0
+            since = monotonic()
+            status, output = execute(step.command, out / f"{name}_{step.name}.log", began + STAGE_SECONDS - since)
+            add(name, step.name, monotonic() - since, step.verdict(status, output))
+            if rows and rows.exists():
+                new = read(rows, offset)
+                failed_tests += [
+                    {"stage": name, "step": row.pop("test"), **row} for row in new if row.get("result") == "failed"
+                ]
+                measured += [row for row in new if "result" not in row]
+        began = monotonic()
+    print("\n" + report(checks, measured, failed_tests))
+    sys.exit(any(row["result"] == "failed" for row in checks))
+
+
+if __name__ == "__main__":
+    main()
