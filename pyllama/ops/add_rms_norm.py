@@ -1,9 +1,9 @@
 """Residual addition and RMSNorm in one pass over memory, in place. D hidden size."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from pyllama.ops.registry import cast, compute_dtype, op
+from pyllama.ops.registry import op
+from pyllama.ops.rms_norm import normalised
 
 
 @op(
@@ -19,6 +19,5 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> No
     the rounded sum. For inference: raises RuntimeError where a gradient would be due, ValueError for shapes or data
     types that do not fit.
     """
-    compute = compute_dtype(x)
     residual.add_(x)
-    x.copy_(F.rms_norm(cast(residual, compute), weight.shape, cast(weight, compute), eps))
+    x.copy_(normalised(residual, weight, eps))

@@ -6,10 +6,10 @@ T tokens, H query heads, G key/value heads, K head size, P cache pages, S page s
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyllama.ops.registry import cast, compute_dtype, op
+from pyllama.ops.rms_norm import normalised
 from pyllama.ops.rope import rotated
 
 
@@ -63,9 +63,9 @@ def norm_rope_store_(
     if q_weight is not None or k_weight is not None:
         q, k = out[:, :H], out[:, H:]
         if q_weight is not None:
-            q = F.rms_norm(q, (K,), cast(q_weight, compute), eps)
+            q = normalised(q, q_weight, eps)
         if k_weight is not None:
-            k = F.rms_norm(k, (K,), cast(k_weight, compute), eps)
+            k = normalised(k, k_weight, eps)
         out = torch.cat((q, k), dim=1)
     if cos_sin is not None:
         out = rotated(out, cos_sin, positions, interleaved)

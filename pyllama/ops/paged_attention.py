@@ -45,12 +45,11 @@ def paged_attention(
     _, _, G, S, K = kv_cache.shape
     check_heads("paged_attention", q.shape[1], G, window)
     scale = K**-0.5 if scale is None else scale
-    heads_2GPSK = kv_cache.permute(1, 2, 0, 3, 4)  # gathering a sequence's pages then copies them once
+    heads_21GPSK = kv_cache.permute(1, 2, 0, 3, 4).unsqueeze(1)  # gathering pages then copies them once
     sequences = []
     queries = q.split_with_sizes(segment_lengths("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
     for b, (q_nHK, length) in enumerate(zip(queries, seq_lens.tolist(), strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
-        kv_2GmK = heads_2GPSK.index_select(2, pages).flatten(2, 3)[:, :, :length]
-        k_1GmK, v_1GmK = kv_2GmK.unsqueeze(1).unbind()
+        k_1GmK, v_1GmK = heads_21GPSK.index_select(3, pages).flatten(3, 4)[:, :, :, :length].unbind()
         sequences.append(attend(q_nHK, k_1GmK, v_1GmK, scale, window))
     return joined(sequences, q, K)

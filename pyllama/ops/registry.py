@@ -145,9 +145,7 @@ def _count_versions(overload: torch._ops.OpOverload) -> None:
     written = [i for i, a in enumerate(overload._schema.arguments) if a.alias_info and a.alias_info.is_write]
 
     def count(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        for i in written:
-            if not args[i].is_inference():
-                increment_version(args[i])
+        increment_version([args[i] for i in written if not args[i].is_inference()])
         return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     _library.impl(overload._schema.name.split("::")[1], count, "ADInplaceOrView", with_keyset=True)

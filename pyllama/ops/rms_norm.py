@@ -1,6 +1,5 @@
 """Root mean square normalisation (Zhang & Sennrich, arXiv:1910.07467). D hidden size."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyllama.ops.registry import cast, compute_dtype, op
@@ -13,6 +12,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [..., D]; weight: [D], same data type. Computed in float32 or wider and rounded once, at the end.
     Raises ValueError for shapes or data types that do not fit.
     """
+    return normalised(x, weight, eps).contiguous()
+
+
+def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` as a plain function, for other ops' bodies."""
     compute = compute_dtype(x)
-    out = F.rms_norm(cast(x, compute), weight.shape, cast(weight, compute), eps)
-    return cast(out, x.dtype).contiguous()
+    wide = cast(x, compute)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return cast(wide * scale * cast(weight, compute), x.dtype)

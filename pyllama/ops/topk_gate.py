@@ -69,4 +69,4 @@ def topk_gate(
 
 def _best(values: Tensor, count: int) -> Tensor:
     """Indices of the largest values, of equals the lower index (which torch.topk does not promise)."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count].contiguous()
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
