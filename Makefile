@@ -77,11 +77,11 @@ wheel: $(setup)
 	$(bin)/python tests/wheel/check_file.py dist/wheel/*.whl
 
 sdist: $(setup)
-	rm -rf dist/sdist
+	rm -rf dist/sdist build/sdist
 	$(bin)/python -c 'from scikit_build_core.build import build_sdist; build_sdist("dist/sdist")'
-	$(pip) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/sdist \
+	$(pip) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/sdist \
 	    --config-settings=cmake.define.PYLLAMA_ARCHITECTURES=development dist/sdist/*.tar.gz
-	$(bin)/python tests/wheel/check_file.py dist/sdist/*.whl
+	$(bin)/python tests/wheel/check_file.py build/sdist/*.whl
 
 # The wheel in fresh environments, one per version of torch: make test-wheel TORCH="2.10.0 2.13.0"
 test-wheel: wheel
