@@ -29,10 +29,9 @@ ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "build" / "gpu-check"  # where the wheel is unpacked
 STAGES = ("test", "bench", "sanitize", "model")
 STAGE_SECONDS = 520
+TIMED_OUT = 124
 MAX_CHARACTERS = 10_000
 MODULES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "rich", "typer", "pytest")
-PYTHON = [sys.executable, "-P"]
-PYTEST: list[str | Path] = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_rows"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,9 @@ def by_status(status: int, output: str) -> str:
 
 def by_sanitizer(status: int, output: str) -> str:
     errors = [int(count) for count in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)]
-    if not errors:  # it did not get to run anything
+    if not errors and status != TIMED_OUT:  # it could not run anything here
         return f"skipped: {last_line(output)}"
-    return f"{'failed' if status or sum(errors) else 'passed'}: {sum(errors)} errors"
+    return f"{'failed' if status or sum(errors) else 'passed'}: {sum(errors)} errors; {last_line(output)}"
 
 
 def by_text(status: int, output: str) -> str:
@@ -76,35 +75,30 @@ def kernels() -> list[str]:
 
 
 def steps(stage: str, out: Path) -> Iterator[Step]:
+    python = sys.executable
+    pytest: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_rows", "--rows"]
     tests = [ROOT / "tests" / "ops" / f"test_{name}.py" for name in kernels()]
     if stage == "test":
-        command = [*PYTEST, "--rows", out / "tests.jsonl", *tests, ROOT / "tests" / "test_extension.py"]
+        command = [*pytest, out / "tests.jsonl", *tests, ROOT / "tests" / "test_extension.py"]
         yield Step("tests", command, by_status, "tests.jsonl")
     elif stage == "bench":
-        yield Step("limits", [*PYTHON, ROOT / "benchmarks" / "limits.py", "--output", out], by_status, "limits.jsonl")
-        for name in kernels():
-            command = [*PYTHON, ROOT / "benchmarks" / "ops" / f"bench_{name}.py", "--output", out]
-            yield Step(name, command, by_status, f"{name}.jsonl")
+        scripts = [ROOT / "benchmarks" / "limits.py"]
+        scripts += [ROOT / "benchmarks" / "ops" / f"bench_{name}.py" for name in kernels()]
+        for script in scripts:
+            name = script.stem.removeprefix("bench_")
+            yield Step(name, [python, script, "--output", out], by_status, f"{name}.jsonl")
     elif stage == "sanitize":
-        sanitizer = (
-            shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin") or "compute-sanitizer"
-        )
+        path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
+        sanitizer = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
         for tool in ("memcheck", "racecheck"):
             rows = f"{tool}.jsonl"
-            command = [sanitizer, "--tool", tool, *PYTEST, "--rows", out / rows, "-k", "cuda-cuda", *tests]
-            yield Step(tool, command, by_sanitizer, rows)
+            # Without torch's cache every tensor is an allocation of its own, whose bounds the tool knows.
+            command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", tool]
+            yield Step(tool, [*command, *pytest, out / rows, "-k", "cuda-cuda", *tests], by_sanitizer, rows)
     elif stage == "model":
-        yield Step("wheel", [*PYTHON, ROOT / "tests" / "wheel" / "smoke.py"], by_status)
-        command = [
-            *PYTHON,
-            "-c",
-            "from pyllama.cli import app; app()",
-            "generate",
-            "demo",
-            "The with statement",
-            "--json",
-        ]
-        yield Step("generate", command, by_text)
+        yield Step("wheel", [python, ROOT / "tests" / "wheel" / "smoke.py"], by_status)
+        cli = [python, "-c", "from pyllama.cli import app; app()"]
+        yield Step("generate", [*cli, "generate", "demo", "The with statement", "--json"], by_text)
 
 
 def build(out: Path) -> str:
@@ -112,6 +106,7 @@ def build(out: Path) -> str:
     wheels = ROOT / "build" / "gpu-check-wheel"
     shutil.rmtree(wheels, ignore_errors=True)
     shutil.rmtree(TARGET, ignore_errors=True)
+    TARGET.mkdir(parents=True)
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps"]
     command += ["--no-index", "--wheel-dir", wheels, ROOT]
     status, output = execute(command, out / "build.log", STAGE_SECONDS)
@@ -122,7 +117,7 @@ def build(out: Path) -> str:
     facts = (
         "import torch; from pyllama import _C; print(_C.__file__); print('CUDA', _C.cuda_version, *_C.architectures)"
     )
-    status, output = execute([*PYTHON, "-c", facts], out / "import.log", 60)
+    status, output = execute([sys.executable, "-c", facts], out / "import.log", 60)
     if status == 0 and not output.startswith(str(TARGET)):
         return f"failed: {sys.executable} imports {output.splitlines()[0]}; uninstall pyllama there"
     return by_status(status, output)
@@ -130,22 +125,21 @@ def build(out: Path) -> str:
 
 def execute(command: list[str | Path], log: Path, seconds: float) -> tuple[int, str]:
     """Runs a command, its output going to `log`; gives status and output. It is killed with all its children when
-    the time is over (status 124)."""
+    the time is over (status TIMED_OUT), or this process is stopped."""
     environment = dict(os.environ, PYTHONPATH=f"{TARGET}{os.pathsep}{ROOT / 'benchmarks'}", PYTHONUNBUFFERED="1")
     with log.open("w") as file:
-        try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except FileNotFoundError:
-            return 127, f"{command[0]} is not installed"
+        process = subprocess.Popen(
+            command, cwd=TARGET, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             status = process.wait(max(seconds, 1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = 124
+            status = TIMED_OUT
             file.write(f"\nstopped after {seconds:.0f} s\n")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     return status, log.read_text(errors="replace")
 
 
@@ -195,6 +189,7 @@ def main() -> None:
     measured: list[dict[str, object]] = []
     failed_tests: list[dict[str, object]] = []
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     if missing := [name for name in MODULES if importlib.util.find_spec(name) is None]:
         sys.exit(f"gpu-check: {sys.executable} lacks {', '.join(missing)}")
     from results import Results, read

@@ -37,7 +37,7 @@ def check(wheel: Path, version: str) -> bool:
     pip = [python, "-m", "pip", "install", "--quiet"]
     run(*pip, wheel, check=True)
     run(*pip, "--force-reinstall", "--no-deps", wheel, check=True)
-    return run(python, "-P" if sys.version_info >= (3, 11) else "-I", ROOT / "tests" / "wheel" / "smoke.py")
+    return run(python, ROOT / "tests" / "wheel" / "smoke.py")
 
 
 if __name__ == "__main__":
