@@ -110,9 +110,10 @@ def implementation(name: str, device: torch.device | str) -> str:
 
     Raises KeyError for an unknown op.
     """
-    key = torch.device(device).type.upper()
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(OPS[name].overload.name(), key)
-    return {"CUDA": "cuda", "CPU": "emulated"}[key] if compiled else "eager"
+    kind, op_name = torch.device(device).type, OPS[name].overload.name()
+    kernels = {"cuda": "cuda", "cpu": "emulated"}
+    compiled = kind in kernels and torch._C._dispatch_has_kernel_for_dispatch_key(op_name, kind.upper())
+    return kernels[kind] if compiled else "eager"
 
 
 @contextmanager

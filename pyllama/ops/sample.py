@@ -96,16 +96,19 @@ def _penalised(
 
 def _threshold(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """[B, 1]: the least score that top-k, then top-p, keep."""
-    V = scores.shape[1]
-    k = torch.where(top_k > 0, top_k, V).clamp(max=V).to(torch.int64).unsqueeze(1)
-    ordered = scores.topk(int(k.max()), dim=-1).values
-    k_threshold = ordered.gather(1, k - 1)
-    total = scores.masked_fill(scores < k_threshold, float("-inf")).logsumexp(-1, keepdim=True)
-    probabilities = (ordered - total).exp()
-    likelier = probabilities.cumsum(-1) - probabilities  # the probability of all tokens before, in descending order
-    kept = (likelier < top_p.unsqueeze(1)).sum(-1, keepdim=True).clamp(min=1)
+    V, off, p = scores.shape[1], top_k.unsqueeze(1) <= 0, top_p.unsqueeze(1)
+    k = torch.where(off, V, top_k.unsqueeze(1)).clamp(max=V).to(torch.int64)
+    for count in (min(V, 1024), V):  # the likeliest tokens nearly always suffice, and sorting all takes long
+        ordered = scores.topk(count, dim=-1).values
+        k_threshold = ordered.gather(1, k.clamp(max=count) - 1).masked_fill(k > count, float("-inf"))
+        total = scores.masked_fill(scores < k_threshold, float("-inf")).logsumexp(-1, keepdim=True)
+        probabilities = (ordered - total).exp()
+        likelier = probabilities.cumsum(-1) - probabilities  # the probability of all tokens before
+        if ((k <= count) | off & ((p >= 1) | (likelier[:, -1:] >= p))).all():
+            break
+    kept = (likelier < p).sum(-1, keepdim=True).clamp(min=1)
     p_threshold = ordered.gather(1, kept - 1)
-    return torch.where(top_p.unsqueeze(1) < 1, torch.maximum(k_threshold, p_threshold), k_threshold)
+    return torch.where(p < 1, torch.maximum(k_threshold, p_threshold), k_threshold)
 
 
 def gumbel_noise(seed: Tensor, step: Tensor, V: int, dtype: torch.dtype) -> Tensor:

@@ -104,6 +104,18 @@ def test_formula(given: dict[str, Any], V: int, dtype: torch.dtype, device: str)
         assert noisy[token] >= noisy.max() - 1e-5 * max(1, abs(noisy.max()))  # up to float32's rounding
 
 
+@pytest.mark.parametrize("temperature", [0.2, 20.0], ids=["peaked", "flat"])
+def test_filters_of_a_large_vocabulary(temperature: float, device: str) -> None:
+    """What is kept may be a few of the tokens or nearly all."""
+    B, V = 4, 3000
+    logits = 2 * torch.randn(B, V, device=device)
+    chosen = options(B, device, temperature=temperature, top_k=[0, 0, 2000, 20], top_p=[0.9, 1.0, 0.97, 0.8], seed=5)
+    for b, token in enumerate(sample(logits, **chosen).tolist()):
+        given = [chosen[name][b].item() for name in ("temperature", "top_k", "top_p", "min_p")]
+        noisy = filtered(numpy(logits)[b], *given) + noise_of_one(V, 5, 0)
+        assert noisy[token] >= noisy.max() - 1e-5
+
+
 def test_greedy(dtype: torch.dtype, device: str) -> None:
     logits = torch.randn(5, 300, dtype=dtype, device=device)
     logits[0, [7, 250]] = 9.0  # of equals the lowest index
