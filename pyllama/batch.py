@@ -47,9 +47,7 @@ class Batch(Packed):
         capacity = block_table.shape[1] * page_size
         for query, total in zip(query_lens, seq_lens, strict=True):
             if not 0 <= query <= total <= capacity:
-                raise ValueError(
-                    f"{query} new of {total} tokens do not fit {capacity} cache slots of the sequence"
-                )
+                raise ValueError(f"{query} new of {total} tokens do not fit {capacity} cache slots of the sequence")
         query_B = torch.tensor(query_lens, dtype=torch.int32)
         total_B = torch.tensor(seq_lens, dtype=torch.int32)
         cu_seqlens_B = torch.zeros(len(query_lens) + 1, dtype=torch.int32)

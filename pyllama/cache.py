@@ -36,9 +36,7 @@ class PagedCache:
     Pages are not cleared: what a sequence has not written holds anything, and no op reads it.
     """
 
-    def __init__(
-        self, config: ModelConfig, num_pages: int, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_pages: int, device: torch.device | str, dtype: torch.dtype) -> None:
         try:
             self.layers = [
                 torch.empty((num_pages, *page_shape(layer.attention)), device=device, dtype=dtype)
@@ -60,9 +58,7 @@ class PagedCache:
     def allocate(self, pages: int) -> list[int]:
         """Takes `pages` page numbers out of the free ones; MemoryError when there are not that many."""
         if pages > len(self._free):
-            raise MemoryError(
-                f"{pages} cache pages asked for, {len(self._free)} of {self.num_pages} are free"
-            )
+            raise MemoryError(f"{pages} cache pages asked for, {len(self._free)} of {self.num_pages} are free")
         return [self._free.pop() for _ in range(pages)]
 
     def free(self, pages: list[int]) -> None:

@@ -41,13 +41,9 @@ class Model(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.eos_token_ids: frozenset[int] = frozenset()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Layer(layer, config.hidden_size, config.norm_eps) for layer in config.layers
-        )
+        self.layers = nn.ModuleList(Layer(layer, config.hidden_size, config.norm_eps) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = (
-            None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._cos_sin: dict[RopeConfig, Tensor] = {}  # derived from the config, grown as contexts need it
 
     @property
@@ -66,16 +62,12 @@ class Model(nn.Module):
         Raises ValueError for another shape or dtype, or for more tokens than the context.
         """
         if token_ids.ndim != 2 or token_ids.is_floating_point():
-            raise ValueError(
-                f"token_ids must be integers [B, T], got {token_ids.dtype} {list(token_ids.shape)}"
-            )
+            raise ValueError(f"token_ids must be integers [B, T], got {token_ids.dtype} {list(token_ids.shape)}")
         sequences, tokens = token_ids.shape
         if tokens > self.config.max_positions:
             raise ValueError(f"{tokens} tokens do not fit the context of {self.config.max_positions}")
         if labels is not None and labels.shape != token_ids.shape:
-            raise ValueError(
-                f"labels {list(labels.shape)} must have token_ids' shape {list(token_ids.shape)}"
-            )
+            raise ValueError(f"labels {list(labels.shape)} must have token_ids' shape {list(token_ids.shape)}")
         batch = Packed.rectangle(sequences, tokens, token_ids.device)
         x_TD, routings = self._hidden(token_ids.flatten(), batch, None)
         logits = self._logits(x_TD).unflatten(0, (sequences, tokens))
@@ -95,9 +87,7 @@ class Model(nn.Module):
         # One token a sequence (decoding): every token is its sequence's last.
         return self._logits(x_TD if len(token_ids) == len(last) else x_TD[last])
 
-    def _hidden(
-        self, token_ids: Tensor, batch: Packed, cache: PagedCache | None
-    ) -> tuple[Tensor, list[Routing]]:
+    def _hidden(self, token_ids: Tensor, batch: Packed, cache: PagedCache | None) -> tuple[Tensor, list[Routing]]:
         x_TD, residual_TD = self.embedding(token_ids), None
         routings = []
         for i, layer in enumerate(self.layers):

@@ -44,9 +44,7 @@ def test_slots_follow_the_block_table(seed: int) -> None:
     assert batch.cu_seqlens.tolist() == [sum(queries[:b]) for b in range(len(queries) + 1)]
     assert batch.seq_lens.tolist() == totals
     assert batch.max_seqlen == max(queries)
-    assert {t.dtype for t in (batch.positions, batch.slots, batch.cu_seqlens, batch.seq_lens)} == {
-        torch.int32
-    }
+    assert {t.dtype for t in (batch.positions, batch.slots, batch.cu_seqlens, batch.seq_lens)} == {torch.int32}
 
 
 @pytest.mark.parametrize(("query", "total"), [(2, 1), (1, 65), (-1, 3)])

@@ -54,9 +54,7 @@ def test_every_gradient_is_the_numerical_one(ffn: str, qk_norm: bool) -> None:
                 losses.append(model(token_ids, token_ids).loss)
                 parameter.sub_(direction, alpha=sign * 1e-6)
             numerical = (losses[0] - losses[1]) / 2e-6
-            torch.testing.assert_close(
-                numerical, (parameter.grad * direction).sum(), rtol=2e-3, atol=1e-6, msg=name
-            )
+            torch.testing.assert_close(numerical, (parameter.grad * direction).sum(), rtol=2e-3, atol=1e-6, msg=name)
 
 
 def test_loss_is_shifted_and_skips_ignored_labels() -> None:
@@ -107,9 +105,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 def test_rope_frequencies_are_transformers(
     scaling: LinearScaling | Llama3Scaling | None, reference: dict[str, object], theta: float
 ) -> None:
-    config = LlamaConfig(
-        hidden_size=128, num_attention_heads=2, rope_parameters={"rope_theta": theta, **reference}
-    )
+    config = LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters={"rope_theta": theta, **reference})
     if scaling is None:
         frequencies = 1.0 / theta ** (torch.arange(0, 64, 2).float() / 64)
     else:
