@@ -38,11 +38,12 @@ def ngrams(documents: list[bytes], order: int) -> Array:
 def discounts(counts: Array) -> Floats:
     """What is subtracted from a count of 0, 1, 2 and of 3 or more, estimated from how many n-grams have 1 to 4."""
     n1, n2, n3, n4 = (int((counts == i).sum()) for i in range(1, 5))
-    if 0 in (n1, n2, n3):  # too little text for the estimate
-        return np.array([0, 0.5, 1, 1.5])
-    y = n1 / (n1 + 2 * n2)
-    estimates = [0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
-    return np.clip(estimates, 0, [0, 1, 2, 3])
+    if 0 not in (n1, n2, n3):
+        y = n1 / (n1 + 2 * n2)
+        estimates = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        if (estimates[1:] > 0).all():  # else a context could leave nothing to what it has not seen
+            return estimates
+    return np.array([0, 0.5, 1, 1.5])  # too little text for the estimate
 
 
 def lookup(keys: Array, values: npt.NDArray, queries: Array) -> npt.NDArray:
