@@ -13,8 +13,10 @@ from pyllama.cache import PagedCache
 from pyllama.config import ModelConfig, MoEConfig, RopeConfig
 from pyllama.layers.ffn import Routing
 from pyllama.layers.layer import Layer
+from pyllama.layers.linear import Linear
 from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import cos_sin_table
+from pyllama.ops.product import product
 
 if TYPE_CHECKING:
     from pyllama.tokenizer import Tokenizer
@@ -43,7 +45,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(layer, config.hidden_size, config.norm_eps) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self._cos_sin: dict[RopeConfig, Tensor] = {}  # derived from the config, grown as contexts need it
 
     @property
@@ -83,9 +85,9 @@ class Model(nn.Module):
     def run(self, token_ids: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
         """Computes new tokens of cached sequences: integers [T] -> logits [B, V] of each one's last token."""
         x_TD, _ = self._hidden(token_ids, batch, cache)
-        last = batch.cu_seqlens[1:] - 1
-        # One token a sequence (decoding): every token is its sequence's last.
-        return self._logits(x_TD if len(token_ids) == len(last) else x_TD[last])
+        # With one token a sequence (decoding) every token is its sequence's last.
+        one_each = batch.max_seqlen == 1 and len(x_TD) == len(batch.seq_lens)
+        return self._logits(x_TD if one_each else x_TD[batch.cu_seqlens[1:] - 1])
 
     def _hidden(self, token_ids: Tensor, batch: Packed, cache: PagedCache | None) -> tuple[Tensor, list[Routing]]:
         x_TD, residual_TD = self.embedding(token_ids), None
@@ -99,7 +101,7 @@ class Model(nn.Module):
         return self.norm.add(x_TD, residual_TD)[0], routings
 
     def _logits(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.embedding.weight if self.head is None else self.head.weight)
+        return product(x_TD, self.embedding.weight if self.head is None else self.head.weight)
 
     def _cos_sin_for(self, rope: RopeConfig | None, positions: int) -> Tensor | None:
         """The table of at least `positions` rows; a power of two, so that it seldom grows."""

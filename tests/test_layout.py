@@ -37,10 +37,12 @@ ONLY = {
     "cache": {"config"},
     "weights": {"config"},
     "architectures": {"config", "weights"},
-    "tokenizer": set(),
+    "tokenizer": {"architectures"},  # its reader of JSON files
 }
 OPS = sorted(
-    path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in ("__init__", "registry", "checks")
+    path.stem
+    for path in (PACKAGE / "ops").glob("*.py")
+    if path.stem not in ("__init__", "registry", "checks", "product")
 )
 KERNELS = sorted(path.stem.removesuffix("_sm90") for path in (ROOT / "csrc").glob("*.cu"))
 

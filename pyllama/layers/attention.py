@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from pyllama.batch import Batch, Packed
 from pyllama.config import GQAConfig
+from pyllama.layers.linear import Linear
 from pyllama.layers.norm import RMSNorm
 from pyllama.ops.attention import attention
 from pyllama.ops.norm_rope_store import norm_rope_store_
@@ -20,8 +21,8 @@ class GQA(nn.Module):
         super().__init__()
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
         self.config = config
-        self.qkv = nn.Linear(hidden_size, (heads + 2 * kv_heads) * size, bias=config.qkv_bias)
-        self.out = nn.Linear(heads * size, hidden_size, bias=config.out_bias)
+        self.qkv = Linear(hidden_size, (heads + 2 * kv_heads) * size, bias=config.qkv_bias)
+        self.out = Linear(heads * size, hidden_size, bias=config.out_bias)
         self.q_norm = RMSNorm(size, norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, norm_eps) if config.qk_norm else None
         self.norm_eps = norm_eps

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyllama.config import MLPConfig, MoEConfig
+from pyllama.layers.linear import Linear
 from pyllama.ops.grouped_linear import grouped_linear
 from pyllama.ops.moe_combine import moe_combine
 from pyllama.ops.moe_dispatch import moe_dispatch
@@ -27,8 +28,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: MLPConfig, hidden_size: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * config.size, bias=config.bias)
-        self.down = nn.Linear(config.size, hidden_size, bias=config.bias)
+        self.gate_up = Linear(hidden_size, 2 * config.size, bias=config.bias)
+        self.down = Linear(config.size, hidden_size, bias=config.bias)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
         return self.down(swiglu(self.gate_up(x_TD))), None
@@ -40,7 +41,7 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
-        self.router = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.router = Linear(hidden_size, config.num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.size, hidden_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.size))
         for weight in (self.gate_up, self.down):

@@ -1,7 +1,7 @@
 """The ops: `pyllama.ops.<op>` is `torch.ops.pyllama.<op>` with a signature and a docstring.
 
-Every module of this folder that is not listed below is one op, named as its file (less a trailing `_`). Importing the
-package registers them all and enables the compiled CUDA kernels, without initialising CUDA.
+Every module here but `registry`, `checks` and `product` is one op, named as its file (less a trailing `_`).
+Importing the package registers them all and enables the compiled CUDA kernels, without initialising CUDA.
 """
 
 from importlib import import_module

@@ -1,10 +1,10 @@
 """One matrix product per expert over sorted rows. M rows, D hidden size, F feed-forward size, E experts."""
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from pyllama.ops.checks import segment_lengths
+from pyllama.ops.product import product
 from pyllama.ops.registry import op
 
 
@@ -32,7 +32,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | No
     experts = [e for e, length in enumerate(lengths) if length]
     weights = weight.unbind() if weight.requires_grad else weight  # unbind: one gradient for all experts
     parts = [
-        functional.linear(x_mD, weights[e])
+        product(x_mD, weights[e])
         for e, x_mD in zip(experts, x_MD.split_with_sizes([lengths[e] for e in experts]), strict=True)
     ]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
