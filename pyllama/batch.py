@@ -46,8 +46,11 @@ class Batch(Packed):
         device = block_table.device
         capacity = block_table.shape[1] * page_size
         for query, total in zip(query_lens, seq_lens, strict=True):
-            if not 0 <= query <= total <= capacity:
-                raise ValueError(f"{query} new of {total} tokens do not fit {capacity} cache slots of the sequence")
+            if not 1 <= query <= total <= capacity:
+                raise ValueError(
+                    f"{query} new of {total} tokens: at least 1 must be new, and all must fit the sequence's {capacity} "
+                    "cache slots"
+                )
         query_B = torch.tensor(query_lens, dtype=torch.int32)
         total_B = torch.tensor(seq_lens, dtype=torch.int32)
         cu_seqlens_B = torch.zeros(len(query_lens) + 1, dtype=torch.int32)

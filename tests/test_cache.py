@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyllama.batch import Batch, Packed
-from pyllama.cache import PAGE_SIZE, PagedCache, bytes_per_page, pages_for
+from pyllama.cache import PAGE_SIZE, PagedCache, bytes_per_page, free_memory, pages_for
 from pyllama.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig
 
 CONFIG = ModelConfig(
@@ -27,8 +27,8 @@ CONFIG = ModelConfig(
 @pytest.mark.parametrize("seed", range(5))
 def test_slots_follow_the_block_table(seed: int) -> None:
     rng = random.Random(seed)
-    totals = [rng.choice([0, 1, 63, 64, 65, 128, 200]) for _ in range(rng.randint(1, 5))]
-    queries = [rng.randint(0, total) for total in totals]
+    totals = [rng.choice([1, 63, 64, 65, 128, 200]) for _ in range(rng.randint(1, 5))]
+    queries = [rng.randint(1, total) for total in totals]
     numbers = rng.sample(range(100), 4 * len(totals))
     block_table = torch.tensor(numbers, dtype=torch.int32).view(len(totals), 4)
     batch = Batch.from_lengths(queries, totals, block_table, PAGE_SIZE)
@@ -47,9 +47,9 @@ def test_slots_follow_the_block_table(seed: int) -> None:
     assert {t.dtype for t in (batch.positions, batch.slots, batch.cu_seqlens, batch.seq_lens)} == {torch.int32}
 
 
-@pytest.mark.parametrize(("query", "total"), [(2, 1), (1, 65), (-1, 3)])
+@pytest.mark.parametrize(("query", "total"), [(2, 1), (1, 65), (-1, 3), (0, 3)])
 def test_lengths_that_do_not_fit(query: int, total: int) -> None:
-    with pytest.raises(ValueError, match="do not fit 64 cache slots"):
+    with pytest.raises(ValueError, match="must fit the sequence's 64 cache slots"):
         Batch.from_lengths([query], [total], torch.zeros(1, 1, dtype=torch.int32), PAGE_SIZE)
 
 
@@ -80,3 +80,15 @@ def test_sizes() -> None:
 def test_a_cache_that_does_not_fit() -> None:
     with pytest.raises(MemoryError, match=r"a cache of 6\d+ tokens needs \d+\.\d\d GiB"):
         PagedCache(CONFIG, num_pages=10**14, device="cpu", dtype=torch.float32)
+
+
+def test_a_cache_a_little_too_large_is_refused_before_it_is_used() -> None:
+    """Linux would hand it out."""
+    pages = int(1.1 * free_memory(torch.device("cpu"))) // bytes_per_page(CONFIG, torch.float32)
+    with pytest.raises(MemoryError, match="not all free; use fewer sequences"):
+        PagedCache(CONFIG, num_pages=pages, device="cpu", dtype=torch.float32)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="negative dimension"):
+        PagedCache(CONFIG, num_pages=-1, device="cpu", dtype=torch.float32)

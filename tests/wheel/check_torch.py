@@ -1,4 +1,4 @@
-"""Installs a wheel into a fresh environment per version of torch, and runs CPU ops and the demo there.
+"""Installs a wheel into a fresh environment per version of torch, runs CPU ops and the demo there, and builds there.
 
     python tests/wheel/check_torch.py dist/wheel/pyllama-0.1.0-....whl 2.10.0 2.13.0 newest
 
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+BUILD_TOOLS = ("scikit-build-core", "pybind11", "cmake", "ninja")
 
 
 def run(*command: str | Path, **options: object) -> bool:
