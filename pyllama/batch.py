@@ -48,8 +48,8 @@ class Batch(Packed):
         for query, total in zip(query_lens, seq_lens, strict=True):
             if not 1 <= query <= total <= capacity:
                 raise ValueError(
-                    f"{query} new of {total} tokens: at least 1 must be new, and all must fit the sequence's {capacity} "
-                    "cache slots"
+                    f"{query} new of {total} tokens: at least 1 must be new, and all must fit the "
+                    f"sequence's {capacity} cache slots"
                 )
         query_B = torch.tensor(query_lens, dtype=torch.int32)
         total_B = torch.tensor(seq_lens, dtype=torch.int32)
