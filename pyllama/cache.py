@@ -7,6 +7,9 @@ numbers, so a sequence has one block table.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 
 from pyllama.config import GQAConfig, ModelConfig
@@ -30,6 +33,16 @@ def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes of the device's memory that can still be taken; infinity where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own cache
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return int(match[1]) * 1024 if match else float("inf")
+
+
 class PagedCache:
     """Keys and values of many sequences, in pages handed out one by one.
 
@@ -37,17 +50,23 @@ class PagedCache:
     """
 
     def __init__(self, config: ModelConfig, num_pages: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        needed = num_pages * bytes_per_page(config, dtype)
+        too_large = (
+            f"a cache of {num_pages * PAGE_SIZE} tokens needs {needed / 2**30:.2f} GiB on {device}, not all free; "
+            "use fewer sequences, shorter prompts or a smaller max_new_tokens"
+        )
+        if needed > free_memory(torch.device(device)):  # Linux would promise it, and end the process on use
+            raise MemoryError(too_large)
         try:
             self.layers = [
                 torch.empty((num_pages, *page_shape(layer.attention)), device=device, dtype=dtype)
                 for layer in config.layers
             ]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            gib = num_pages * bytes_per_page(config, dtype) / 2**30
-            raise MemoryError(
-                f"a cache of {num_pages * PAGE_SIZE} tokens needs {gib:.2f} GiB on {device}, not all free; "
-                "use fewer sequences, shorter prompts or a smaller max_new_tokens"
-            ) from error
+        except RuntimeError as error:
+            # On a CPU torch raises a plain RuntimeError, "... can't allocate memory ...".
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise MemoryError(too_large) from error
         self.num_pages = num_pages
         self._free = list(reversed(range(num_pages)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterable
@@ -20,12 +19,13 @@ from torch.overrides import TorchFunctionMode
 from pyllama import _C
 from pyllama.architectures import read_config
 from pyllama.architectures.common import Family
-from pyllama.architectures.reader import ConfigError
-from pyllama.config import ModelConfig
+from pyllama.architectures.reader import ConfigError, read_json
+from pyllama.cache import free_memory
+from pyllama.config import ModelConfig, MoEConfig
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 from pyllama.tokenizer import Tokenizer
-from pyllama.weights import Checkpoint, copy_weights, plan
+from pyllama.weights import Checkpoint, CheckpointError, check_tied, copy_weights, plan
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -57,6 +57,7 @@ def load(
     """
     target = _device(device)
     chosen = _dtype(dtype)
+    _check_kernels_take(chosen, target)
     folder = _local_folder(source)
     remote = folder is None
     if folder is None:
@@ -73,13 +74,14 @@ def load(
 def _load_weights(
     folder: Path, config: ModelConfig, family: Family, device: torch.device, dtype: torch.dtype | None
 ) -> Model:
-    with torch.device("meta"), _NoRandomWeights():
-        model = Model(config)
-    parameters = dict(model.named_parameters())
     with Checkpoint.open(folder) as checkpoint:
+        model = _empty_model(config, len(checkpoint.tensors))
+        parameters = dict(model.named_parameters())
         parts = plan(family.weights, {n: p.shape for n, p in parameters.items()}, checkpoint.tensors)
         count = sum(parameter.numel() for parameter in parameters.values())
         dtype = _fitting_dtype(dtype, checkpoint.dtype, count, device)
+        _check_kernels_take(dtype, device)
+        check_tied(family.weights, parts, checkpoint)
         # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
         weights = {n: torch.empty(p.shape, dtype=dtype, device=device) for n, p in parameters.items()}
         console = Console(stderr=True)
@@ -90,6 +92,21 @@ def _load_weights(
             copy_weights(parts, weights, checkpoint, lambda n: progress.advance(task, n))
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def _empty_model(config: ModelConfig, tensors: int) -> Model:
+    """The model without memory. A mistaken size must not take minutes, so it is held against the files first."""
+    experts = sum(layer.ffn.num_experts for layer in config.layers if isinstance(layer.ffn, MoEConfig))
+    if len(config.layers) + experts > tensors:  # each is one tensor at least
+        raise CheckpointError(
+            f"config.json describes {len(config.layers)} layers and in them {experts} experts, "
+            f"but the files hold only {tensors} tensors"
+        )
+    try:
+        with torch.device("meta"), _NoRandomWeights():
+            return Model(config)
+    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+        raise ConfigError(f"config.json describes a tensor too large for any memory: {error}") from error
 
 
 class _NoRandomWeights(TorchFunctionMode):
@@ -104,7 +121,7 @@ class _NoRandomWeights(TorchFunctionMode):
 
 
 def _read_config(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[ModelConfig, Family]:
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if values is None:
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout")
     try:
@@ -113,24 +130,11 @@ def _read_config(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[Model
         raise ConfigError(f"{folder}: {error}") from error
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
-    """The object in the file; None where there is no file."""
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise ConfigError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold an object, got {type(values).__name__}")
-    return values
-
-
 def _eos_token_ids(folder: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
     """Every EOS id that the checkpoint's files name; each of them ends a text."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        values = _read_json(folder / name) or {}
+        values = read_json(folder / name) or {}
         ids = values.get("eos_token_id")
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if any(type(token) is not int or token < 0 for token in ids):
@@ -188,16 +192,42 @@ def _device(device: torch.device | str | None) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(f"device is {chosen}, but torch {torch.__version__} finds no CUDA GPU; use device='cpu'")
     major, minor = torch.cuda.get_device_capability(chosen)
-    if "CUDA" in _C.enabled() and not _C.supports(major, minor):
-        _C.disable("CUDA")
+    _match_kernels(major, minor)
     eager = [name for name in OPS if implementation(name, chosen) == "eager"]
     if eager:
         warnings.warn(
             f"{len(eager)} of {len(OPS)} ops have no kernel for this GPU (sm_{major}{minor}) in this build "
-            f"({', '.join(_C.architectures) or 'none'}) and run eagerly, slower; `pyllama doctor` lists them",
+            f"({', '.join(_C.architectures) or 'none'}) and run eagerly for this process, slower; "
+            "`pyllama doctor` lists them",
             stacklevel=3,
         )
     return chosen
+
+
+_kernels_off = False  # CUDA kernels are registered for the process, so this is too
+
+
+def _match_kernels(major: int, minor: int) -> None:
+    """Disables the CUDA kernels for a GPU without code, and enables them again for one with it.
+
+    What `pyllama.eager()` has disabled stays so.
+    """
+    global _kernels_off
+    if not _C.supports(major, minor):
+        if "CUDA" in _C.enabled():
+            _C.disable("CUDA")
+            _kernels_off = True
+    elif _kernels_off:
+        _C.enable("CUDA")
+        _kernels_off = False
+
+
+def _check_kernels_take(dtype: torch.dtype | None, device: torch.device) -> None:
+    """The compiled kernels refuse float64, so a model of that type could not run beside them."""
+    if dtype == torch.float64 and device.type == "cuda" and any(implementation(op, device) == "cuda" for op in OPS):
+        raise ValueError(
+            "the CUDA kernels do not take float64: use dtype='float32', or load and run inside `with pyllama.eager():`"
+        )
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -209,7 +239,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int, device: torch.device) -> torch.dtype:
     """The data type to load in: the one asked for, or as `load` says. MemoryError when it does not fit."""
-    free = _free_memory(device)
+    free = free_memory(device)
     if dtype is None:
         dtype = own if device.type == "cuda" else max(own, torch.float32, key=lambda d: d.itemsize)
         if parameters * dtype.itemsize > free >= parameters * own.itemsize:
@@ -225,16 +255,6 @@ def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int,
             f"{_gigabytes(free)} are free on {device}"
         )
     return dtype
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes of the device's memory that can still be taken; infinity where the system does not say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own cache
-        return torch.cuda.mem_get_info(device)[0] + unused
-    meminfo = Path("/proc/meminfo")
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    return int(match[1]) * 1024 if match else float("inf")
 
 
 def _gigabytes(number: float) -> str:

@@ -19,6 +19,10 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
+from pyllama.architectures.reader import read_json
+
+NO_TEMPLATE = "this checkpoint has no chat template (neither chat_template.jinja nor one in tokenizer_config.json)"
+
 
 class Tokenizer:
     """A checkpoint's tokenizer.
@@ -52,13 +56,15 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.chat_template = chat_template
         self._template = None if chat_template is None else _compile(chat_template)
+        self._no_template = NO_TEMPLATE
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
         """Reads tokenizer.json and what stands beside it; None when the folder has no tokenizer.json.
 
         The other files are optional: tokenizer_config.json, special_tokens_map.json, chat_template.jinja
-        (which goes before the configuration's template). Raises ValueError naming the file that is broken.
+        (which goes before the configuration's template). Raises ValueError naming the file that is broken;
+        for a chat template, which plain text does without, `apply_chat_template` does.
         """
         folder = Path(folder)
         file = folder / "tokenizer.json"
@@ -69,23 +75,27 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{file} is not a tokenizer that can be read: {error}") from error
         config_file = folder / "tokenizer_config.json"
-        config = _read_json(config_file)
-        names = {**_read_json(folder / "special_tokens_map.json"), **config}
+        config = read_json(config_file) or {}
+        names = {**(read_json(folder / "special_tokens_map.json") or {}), **config}
         special_tokens = {
             name: token
             for name, value in names.items()
             if name.endswith("_token") and isinstance(token := _content(value), str)
         }
-        template_file = folder / "chat_template.jinja"
-        if template_file.is_file():
-            source, template = template_file, template_file.read_text(encoding="utf-8")
-        else:
-            source, template = config_file, None
         try:
-            template = template or _default_template(config.get("chat_template"))
-            return cls(backend, special_tokens, template, config.get("add_bos_token"))
+            tokenizer = cls(backend, special_tokens, add_bos=config.get("add_bos_token"))
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(f"{config_file}: {error}") from error
+        template_file = folder / "chat_template.jinja"
+        source = template_file if template_file.is_file() else config_file
+        try:
+            own = template_file.read_text(encoding="utf-8") if source == template_file else None
+            template = own or _default_template(config.get("chat_template"))
+            if template is not None:
+                tokenizer._template, tokenizer.chat_template = _compile(template), template
+        except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+            tokenizer._no_template = f"the chat template of {source} cannot be used: {error}"
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -131,10 +141,7 @@ class Tokenizer:
         Raises ValueError without a template, for malformed messages, and when the template refuses them.
         """
         if self._template is None:
-            raise ValueError(
-                "this checkpoint has no chat template (neither chat_template.jinja nor one in "
-                "tokenizer_config.json); give the prompt as a string in the model's own format instead"
-            )
+            raise ValueError(f"{self._no_template}; give the prompt as a string in the model's own format instead")
         plain = _plain_messages(messages)
         try:
             return self._template.render(
@@ -195,8 +202,8 @@ def _compile(source: str) -> jinja2.Template:
     environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template does not compile: {error}") from error
+    except Exception as error:  # jinja2's, and Python's where what jinja2 makes of it is too deep
+        raise ValueError(f"it does not compile: {error}") from error
 
 
 def _tojson(
@@ -216,18 +223,6 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _content(value: Any) -> Any:

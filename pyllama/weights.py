@@ -46,10 +46,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """A family's rules; `skip` names tensors that may be left over, since they hold nothing that is used."""
+    """A family's rules; `skip` names tensors that may be left over, since they hold nothing that is used.
+
+    `tied` are pairs of tensors: the first may be left over where it equals the second.
+    """
 
     rules: tuple[Rule, ...]
     skip: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def plan(
             rows = [shape[0] for shape in shapes]
             parts[parameter] += [Part(name, sum(rows[:n]), expert) for n, name in enumerate(names)]
 
-    skip = [_pattern(name) for name in table.skip]
+    skip = [_pattern(name) for name in (*table.skip, *(copy for copy, _ in table.tied))]
     problems = {
         "missing": wanted - tensors.keys(),
         "of a wrong shape": misfits,
@@ -210,6 +214,19 @@ def plan(
         found = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
         raise CheckpointError(f"the checkpoint's tensors are not those of its config.json: {found}")
     return parts
+
+
+def check_tied(table: WeightTable, parts: Mapping[str, list[Part]], checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a tensor that would be dropped as a copy of another and is none."""
+    used = {part.tensor for found in parts.values() for part in found}
+    for copy, original in table.tied:
+        if copy in checkpoint.tensors and copy not in used:
+            left, right = checkpoint.read(copy), checkpoint.read(original)
+            if left.dtype != right.dtype or not torch.equal(left, right):
+                raise CheckpointError(
+                    f"config.json ties the embeddings, but {copy} in {checkpoint.folder} is not {original}: if the "
+                    "model has a head of its own, set tie_word_embeddings to false in config.json"
+                )
 
 
 @torch.no_grad()
@@ -240,7 +257,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def _size(file: Path) -> str:
-    return f"{file.stat().st_size:,} bytes"
+    return f"{file.stat().st_size:,} bytes" if file.exists() else "a link to nothing"
 
 
 def _few(names: Collection[str]) -> str:

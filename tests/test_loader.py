@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from tiny import SPECIAL, byte_level_tokenizer, write_checkpoint, write_tokenizer
 
 import pyllama
+from pyllama import _C
 from pyllama.architectures.reader import ConfigError
-from pyllama.loader import _fitting_dtype, _free_memory
+from pyllama.cache import free_memory
+from pyllama.loader import _check_kernels_take, _fitting_dtype, _match_kernels
+from pyllama.ops.registry import implementation
 from pyllama.weights import CheckpointError
 
 
@@ -28,6 +31,10 @@ from pyllama.weights import CheckpointError
 def folder(tmp_path: Path) -> Path:
     write_checkpoint(tmp_path, byte_level_tokenizer())
     return tmp_path
+
+
+MANY_EXPERTS = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 10**6}
+MANY_EXPERTS |= dict.fromkeys(("attention_bias", "mlp_bias"), ...)
 
 
 def change(file: Path, **values: Any) -> None:
@@ -131,11 +138,18 @@ def test_leftovers_of_old_checkpoints_are_skipped(folder: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_tied_head_in_the_file_is_skipped(tmp_path: Path) -> None:
+def test_a_tied_head_in_the_file_is_skipped_only_where_it_is_the_embedding(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tie_word_embeddings=True)
     file = tmp_path / "model.safetensors"
-    save_file(load_file(file) | {"lm_head.weight": torch.ones(400, 64)}, file)
+    before = load_file(file)
+    head = before["model.embed_tokens.weight"].clone()
+    save_file(before | {"lm_head.weight": head}, file)
     assert pyllama.load(tmp_path).head is None
+    head[-1, -1] += 1
+    for other in (head, head[1:].clone(), head.half()):
+        save_file(before | {"lm_head.weight": other}, file)
+        with pytest.raises(CheckpointError, match=r"lm_head.weight .* set tie_word_embeddings to false"):
+            pyllama.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -172,15 +186,21 @@ def test_a_configuration_that_is_not_json_is_named(text: str, folder: Path) -> N
         ({"vocab_size": 401}, r"model.embed_tokens.weight \[400, 64\] should be \[401, 64\]"),
         ({"num_key_value_heads": 4}, r"k_proj.weight \[32, 64\], .* should stack to \[192, 64\]"),
         ({"attention_bias": True}, "8 missing: model.layers.0.self_attn.k_proj.bias"),
-        ({"tie_word_embeddings": True}, None),
+        ({"tie_word_embeddings": True}, "lm_head.weight in .* is not model.embed_tokens.weight"),
+        ({"num_hidden_layers": 20_000}, "describes 20000 layers .* the files hold only 21 tensors"),
+        (MANY_EXPERTS, "2 layers and in them 2000000 experts, but the files hold only 21 tensors"),
     ],
 )
-def test_tensors_of_another_model_are_refused(config: dict[str, Any], message: str | None, folder: Path) -> None:
+def test_tensors_of_another_model_are_refused(config: dict[str, Any], message: str, folder: Path) -> None:
     change(folder / "config.json", **config)
-    if message is None:
-        assert pyllama.load(folder).head is None
-        return
     with pytest.raises(CheckpointError, match=message):
+        pyllama.load(folder)
+
+
+@pytest.mark.parametrize("keys", [["hidden_size", "vocab_size"], ["head_dim", "num_attention_heads"]])
+def test_sizes_beyond_any_memory_are_refused(keys: list[str], folder: Path) -> None:
+    change(folder / "config.json", num_key_value_heads=None, **dict.fromkeys(keys, 2**31 - 2))
+    with pytest.raises(ConfigError, match="describes a tensor too large for any memory"):
         pyllama.load(folder)
 
 
@@ -225,8 +245,28 @@ def test_bin_files_are_not_read(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_a_configuration_is_an_object(name: str, folder: Path) -> None:
     (folder / name).write_text("[1]")
-    with pytest.raises(ConfigError, match=rf"{name} must hold an object, got list"):
+    with pytest.raises(ConfigError, match=rf"{name} must hold a JSON object, got list"):
         pyllama.load(folder)
+
+
+@pytest.mark.skipif(_C.cuda_version is None, reason="built without nvcc")
+def test_kernels_are_off_for_a_gpu_without_code_and_on_again_for_the_next() -> None:
+    gpu = torch.device("cuda")
+    newest = max(int("".join(filter(str.isdigit, name))) for name in _C.architectures)
+    try:
+        for _ in range(2):
+            _match_kernels(3, 5)
+            assert implementation("rms_norm", gpu) == "eager"
+            _check_kernels_take(torch.float64, gpu)
+        _match_kernels(newest // 10, newest % 10)
+        assert implementation("rms_norm", gpu) == "cuda"
+        with pytest.raises(ValueError, match=r"do not take float64.*pyllama.eager"):
+            _check_kernels_take(torch.float64, gpu)
+        with pyllama.eager():
+            _match_kernels(newest // 10, newest % 10)
+            assert implementation("rms_norm", gpu) == "eager"
+    finally:
+        _C.enable("CUDA")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -251,8 +291,11 @@ def test_a_gpu_gets_the_checkpoints_own_type(folder: Path) -> None:
 
 def test_the_vocabularies_of_tokenizer_and_model_may_differ(folder: Path) -> None:
     """Models round their vocabulary up; the tokenizer knows fewer tokens."""
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert backend.get_vocab_size() <= pyllama.load(folder).config.vocab_size
+    size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    write_checkpoint(folder, byte_level_tokenizer(), vocab_size=size + 24)
+    model = pyllama.load(folder)
+    assert model.config.vocab_size == size + 24
+    assert pyllama.generate(model, [size + 23], 3).prompt_tokens == 1
 
 
 def sparse_checkpoint(folder: Path, size: int, dtype: str = "F32", D: int = 1024) -> tuple[int, int]:
@@ -283,7 +326,7 @@ def sparse_checkpoint(folder: Path, size: int, dtype: str = "F32", D: int = 1024
 @pytest.mark.parametrize(("times", "what"), [(0.5, "parameters in torch.float64 need"), (4, "need|cannot be mapped")])
 def test_weights_that_do_not_fit_the_memory_are_refused(times: float, what: str, tmp_path: Path) -> None:
     """Files of `times` the free memory, to be four times as large when loaded: refused before anything is read."""
-    size = int(times * _free_memory(torch.device("cpu")))
+    size = int(times * free_memory(torch.device("cpu")))
     sparse_checkpoint(tmp_path, size, "BF16", D=8192)
     with pytest.raises(MemoryError, match=what):
         pyllama.load(tmp_path, device="cpu", dtype="float64")
@@ -292,7 +335,7 @@ def test_weights_that_do_not_fit_the_memory_are_refused(times: float, what: str,
 def test_the_checkpoints_type_is_taken_when_only_that_fits() -> None:
     """On a CPU, and said; what was asked for is never replaced."""
     cpu = torch.device("cpu")
-    parameters = int(0.35 * _free_memory(cpu))
+    parameters = int(0.35 * free_memory(cpu))
     with pytest.warns(UserWarning, match=r"weights in torch.float32 need .*: loading them as torch.bfloat16, slower"):
         assert _fitting_dtype(None, torch.bfloat16, parameters, cpu) == torch.bfloat16
     with pytest.raises(MemoryError):

@@ -187,12 +187,6 @@ def test_broken_tokenizer_file(tmp_path: Path, content: str) -> None:
     [
         ("{not json", r"tokenizer_config\.json is not JSON"),
         ("[]", r"tokenizer_config\.json must hold a JSON object, got list"),
-        ('{"chat_template": 3}', r"tokenizer_config\.json: chat_template must be a string or a list"),
-        (
-            '{"chat_template": [{"name": "rag", "template": ""}]}',
-            r"no template named 'default', only \['rag'\]",
-        ),
-        ('{"chat_template": "{% for"}', r"tokenizer_config\.json: the chat template does not compile"),
         (
             '{"add_bos_token": true, "bos_token": "[B]"}',
             r"add_bos_token is set, but bos_token '\[B\]' is not",
@@ -204,6 +198,36 @@ def test_broken_configuration(tmp_path: Path, config: str, message: str) -> None
     (tmp_path / "tokenizer_config.json").write_text(config)
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be a string or a list"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": "rag", "template": ""}]}',
+            r"no template named 'default', only \['rag'\]",
+        ),
+        ("tokenizer_config.json", '{"chat_template": "{% for"}', "it does not compile"),
+        ("chat_template.jinja", "{{ 1", "it does not compile"),
+        ("chat_template.jinja", "{% if a %}" * 150 + "{% endif %}" * 150, "it does not compile"),
+        ("chat_template.jinja", "\xff", "'utf-8' codec can't decode"),
+    ],
+)
+def test_a_broken_template_stops_chats_alone(tmp_path: Path, file: str, content: str, message: str) -> None:
+    write_tokenizer(tmp_path, byte_level_tokenizer())
+    (tmp_path / file).write_bytes(content.encode("latin-1"))
+    tokenizer = read(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("fox")) == "fox"
+    assert tokenizer.chat_template is None
+    with pytest.raises(ValueError, match=rf"chat template of .*{file} cannot be used: .*{message}"):
+        tokenizer.apply_chat_template(CHATS[0])
+
+
+def test_a_template_given_by_hand_must_compile() -> None:
+    with pytest.raises(ValueError, match="it does not compile"):
+        Tokenizer(byte_level_tokenizer(), chat_template="{% for")
 
 
 def test_chat_without_a_template(tmp_path: Path) -> None:

@@ -205,6 +205,12 @@ def test_damaged_files_are_named(damage: Callable[[bytes], bytes], tmp_path: Pat
         load(tmp_path)
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"model.safetensors \(a link to nothing\) is not a complete"):
+        load(tmp_path)
+
+
 def sharded(folder: Path) -> None:
     names = list(tensors())
     write(folder, {name: tensors()[name] for name in names[:5]}, {name: tensors()[name] for name in names[5:]})

@@ -141,10 +141,10 @@ ENDS = (
 SKIP = (
     "model.layers.{i}.self_attn.rotary_emb.inv_freq",  # old checkpoints; computed from the configuration
     "model.rotary_emb.inv_freq",
-    "lm_head.weight",  # with tied embeddings; otherwise the rule above takes it
 )
+TIED = (("lm_head.weight", "model.embed_tokens.weight"),)  # where the head has no parameter for the rule above
 
 
 def weight_table(*rules: Rule) -> WeightTable:
     """The rules every family here has, and `rules` for its feed-forward."""
-    return WeightTable((*ENDS, *ATTENTION, *rules), SKIP)
+    return WeightTable((*ENDS, *ATTENTION, *rules), SKIP, TIED)

@@ -16,7 +16,7 @@ def read(reader: Reader) -> ModelConfig:
     bias = reader.boolean("attention_bias", default=False)
     attention = read_attention(reader, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
     ffn = MLPConfig(reader.integer("intermediate_size"), reader.boolean("mlp_bias", default=False))
-    layers = reader.integer("num_hidden_layers")
+    layers = reader.layers()
     return read_decoder(reader, [attention] * layers, ffn, max_positions=2048, norm_eps=1e-6)
 
 

@@ -27,7 +27,7 @@ def read(reader: Reader) -> ModelConfig:
         shared=MLPConfig(reader.integer("shared_expert_intermediate_size")),
         aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001),
     )
-    layers = reader.integer("num_hidden_layers")
+    layers = reader.layers()
     return read_decoder(reader, [attention] * layers, ffn, max_positions=2048, norm_eps=1e-6)
 
 

@@ -14,7 +14,7 @@ from pyllama.config import MLPConfig, ModelConfig
 
 def read(reader: Reader) -> ModelConfig:
     reader.only("model_type", "mistral", "ministral")
-    layers = reader.integer("num_hidden_layers")
+    layers = reader.layers()
     window = reader.integer("sliding_window", default=4096, null=None)
     attention = read_attention(reader, rope_theta=10_000.0, kv_heads=8)
     kinds = reader.strings("layer_types", ("sliding_attention", "full_attention"), layers)

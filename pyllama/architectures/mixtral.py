@@ -22,7 +22,7 @@ def read(reader: Reader) -> ModelConfig:
         size=reader.integer("intermediate_size"),
         aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001),
     )
-    layers = reader.integer("num_hidden_layers")
+    layers = reader.layers()
     return read_decoder(reader, [attention] * layers, ffn, max_positions=131072, norm_eps=1e-5)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Final
 
 REQUIRED: Final[Any] = object()
+MAX_SIZE = 2**31 - 1  # ops count in int32
+MAX_LAYERS = 2**16 - 1  # a `ModelConfig` lists its layers
 
 # Keys that change nothing in what a model computes at inference, whatever their value.
 # fmt: off
@@ -59,6 +63,19 @@ class ConfigError(ValueError):
     """A configuration says something that is not understood or not supported."""
 
 
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in the file; None where there is no file. Raises ConfigError where there is something else."""
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
 class Reader:
     """A JSON object whose keys are read one by one, by name and type; `finish` refuses the others.
 
@@ -76,12 +93,18 @@ class Reader:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def integer(self, key: str, default: Any = REQUIRED, null: Any = REQUIRED) -> Any:
-        """A positive integer."""
+    def integer(self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, most: int = MAX_SIZE) -> Any:
+        """A positive integer, `most` at most."""
         value, given = self._value(key, default, null)
         if given and not (type(value) is int and value > 0):
             raise self._malformed(key, "must be a positive integer")
+        if given and value > most:
+            raise self._malformed(key, f"must be {most} at most")
         return value
+
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return int(self.integer("num_hidden_layers", most=MAX_LAYERS))
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A positive number."""
@@ -135,7 +158,7 @@ class Reader:
                 raise self.refusal(key, reason)
         irrelevant = frozenset[str]() if self._prefix else IRRELEVANT
         if unknown := sorted(self._values.keys() - self._seen - irrelevant - REASONS.keys()):
-            pairs = ", ".join(f"{self._prefix}{key} = {self._values[key]!r}" for key in unknown)
+            pairs = ", ".join(f"{self._prefix}{key} = {_short(self._values[key])}" for key in unknown)
             raise ConfigError(
                 f"config.json has keys that are not known and may change what the model computes: {pairs}. "
                 f"If they do not, load with ignore_config_keys={[self._prefix + key for key in unknown]}"
