@@ -66,6 +66,7 @@ def op(
     def register(body: Callable[P, R]) -> Callable[P, R]:
         name = body.__name__
         _library.define(name + schema)
+        body = _without_autocast(body)
         overload = getattr(torch.ops.pyllama, name).default
         check = argument_check(name, [argument.name for argument in overload._schema.arguments], shapes)
 
@@ -129,6 +130,21 @@ def eager() -> Iterator[None]:
             _C.enable(key)
 
 
+def _without_autocast(body: Callable[P, R]) -> Callable[P, R]:
+    """The body with autocast off: what an op computes in is its own affair, as it is a compiled kernel's."""
+
+    @functools.wraps(body)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch._C._is_any_autocast_enabled():
+            kind = args[0].device.type  # type: ignore[attr-defined]  # a tensor, as every op's first argument
+            if torch.amp.is_autocast_available(kind):
+                with torch.autocast(kind, enabled=False):
+                    return body(*args, **kwargs)
+        return body(*args, **kwargs)
+
+    return run
+
+
 def _refuse_gradients(overload: torch._ops.OpOverload, way_out: str) -> None:
     """An autograd kernel that raises where a gradient would be due, and else steps aside."""
 
@@ -178,7 +194,7 @@ def _register_backward(overload: torch._ops.OpOverload, body: Callable[..., Any]
     def empty(*args: Any) -> list[Tensor]:
         return [torch.empty_like(args[i], memory_format=torch.contiguous_format) for i in args[-1]]
 
-    _library.impl(name, recompute, "CompositeExplicitAutograd")
+    _library.impl(name, _without_autocast(recompute), "CompositeExplicitAutograd")
     torch.library.register_fake(backward_op, empty, lib=_library)
     _refuse_gradients(backward_op, f"{body.__name__} is differentiable once")
 

@@ -200,6 +200,30 @@ def test_tensors_on_different_devices_are_refused(op: Op) -> None:
             op.function(*moved)
 
 
+@every_op
+def test_autocast_changes_nothing(op: Op) -> None:
+    """Ops compute as they say, called and traced."""
+    for args in examples(name_of(op)):
+        others = copy.deepcopy(args)
+        expected = op.function(*args)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = op.function(*others)
+            fakes = op.function(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(tensors(others), tensors(args), rtol=0, atol=0)
+        pairs = zip(fakes, expected, strict=True) if isinstance(expected, tuple) else [(fakes, expected)]
+        assert op.mutates or all(fake.dtype is result.dtype for fake, result in pairs)
+
+
+@every_differentiable
+def test_autocast_changes_no_gradient(op: Op) -> None:
+    for args in examples(name_of(op), requires_grad=True):
+        expected = gradients(op.function, args)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(op.function, args)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_traces_show_ops_and_not_their_bodies() -> None:
     nodes: list[str] = []
 
