@@ -87,6 +87,22 @@ def segment_lengths(op: str, name: str, bounds: Tensor, total: int) -> list[int]
     return lengths
 
 
+def cached_lengths(op: str, seq_lens: Tensor, max_pages: int, page_size: int) -> list[int]:
+    """How many tokens of each sequence are in the cache.
+
+    Reads values. Raises ValueError where they are negative or more than the `max_pages` pages of a sequence hold.
+    """
+    lengths: list[int] = seq_lens.tolist()
+    capacity = max_pages * page_size
+    for b, length in enumerate(lengths):
+        if not 0 <= length <= capacity:
+            raise ValueError(
+                f"{op}: seq_lens[{b}] is {length}, but must be in 0 to {capacity}, "
+                f"the tokens that max_pages = {max_pages} pages of {page_size} hold"
+            )
+    return lengths
+
+
 def _parse(name: str, text: str, first: bool) -> _Spec:
     dtype, _, shape = text.rpartition(":")
     dims = shape.split()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyllama.ops.attention import attend, joined
-from pyllama.ops.checks import segment_lengths
+from pyllama.ops.checks import cached_lengths, segment_lengths
 from pyllama.ops.registry import op
 
 
@@ -40,14 +40,15 @@ def mla_paged_attention(
     """`paged_attention` where all heads share one cache entry: the key is all of it, the value its first `rank`.
 
     q: [T, H, rank + rope]; kv_cache: [P, S, rank + rope]; result: [T, H, rank]; the other arguments are
-    paged_attention's. Raises ValueError for shapes that do not fit.
+    paged_attention's. Raises ValueError for shapes or lengths that do not fit.
     """
     S, L = kv_cache.shape[1:]
     if not 0 < rank <= L:
         raise ValueError(f"mla_paged_attention: rank is {rank}, but must be in 1 to L = {L}, the size of an entry")
     sequences = []
     queries = q.split_with_sizes(segment_lengths("mla_paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
-    for b, (q_nHL, length) in enumerate(zip(queries, seq_lens.tolist(), strict=True)):
+    lengths = cached_lengths("mla_paged_attention", seq_lens, block_table.shape[1], S)
+    for b, (q_nHL, length) in enumerate(zip(queries, lengths, strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
         k_11mL = kv_cache.index_select(0, pages).view(1, 1, -1, L)[:, :, :length]
         sequences.append(attend(q_nHL, k_11mL, k_11mL[..., :rank], scale, None))

@@ -6,8 +6,13 @@ from torch import Tensor
 from pyllama.ops.registry import op
 
 
+def _empty(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return indices.new_empty(indices.numel()), indices.new_empty(num_experts + 1), indices.new_empty(indices.shape)
+
+
 @op(
     "(Tensor indices, int num_experts) -> (Tensor rows, Tensor offsets, Tensor positions)",
+    fake=_empty,
     differentiable=False,
     indices="int32: T N",
 )
@@ -22,6 +27,11 @@ def moe_dispatch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     if num_experts < 1:
         raise ValueError(f"moe_dispatch: num_experts is {num_experts}, but must be at least 1")
     experts_M, order_M = indices.flatten().sort(stable=True)
+    if T * N:
+        least, most = torch.stack((experts_M[0], experts_M[-1])).tolist()
+        if least < 0 or most >= num_experts:
+            wrong = least if least < 0 else most
+            raise ValueError(f"moe_dispatch: indices has expert {wrong}, but must be in 0 to {num_experts - 1}")
     bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=indices.device)
     offsets = torch.searchsorted(experts_M, bounds, out_int32=True)
     rows_M = order_M.div(max(N, 1), rounding_mode="floor").to(torch.int32)

@@ -6,7 +6,7 @@ T query tokens, B sequences, H query heads, G key/value heads, K head size, P ca
 from torch import Tensor
 
 from pyllama.ops.attention import attend, check_heads, joined
-from pyllama.ops.checks import segment_lengths
+from pyllama.ops.checks import cached_lengths, segment_lengths
 from pyllama.ops.registry import op
 
 
@@ -40,7 +40,8 @@ def paged_attention(
     [T, H, K]. block_table: int32 [B, max_pages], sequence b's tokens i*S to (i+1)*S are in page block_table[b, i].
     seq_lens: int32 [B], tokens in the cache, the new ones included. cu_seqlens_q: int32 [B + 1], sequence b's queries;
     max_seqlen_q: the most of any sequence, 1 in decode. scale, window: as in `attention`. Entries of block_table and
-    places of pages beyond a sequence's length are never read. Raises ValueError for shapes that do not fit.
+    places of pages beyond a sequence's length are never read. Raises ValueError for shapes or lengths that do not
+    fit.
     """
     _, _, G, S, K = kv_cache.shape
     check_heads("paged_attention", q.shape[1], G, window)
@@ -48,7 +49,8 @@ def paged_attention(
     heads_21GPSK = kv_cache.permute(1, 2, 0, 3, 4).unsqueeze(1)  # gathering pages then copies them once
     sequences = []
     queries = q.split_with_sizes(segment_lengths("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
-    for b, (q_nHK, length) in enumerate(zip(queries, seq_lens.tolist(), strict=True)):
+    lengths = cached_lengths("paged_attention", seq_lens, block_table.shape[1], S)
+    for b, (q_nHK, length) in enumerate(zip(queries, lengths, strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
         k_1GmK, v_1GmK = heads_21GPSK.index_select(3, pages).flatten(3, 4)[:, :, :, :length].unbind()
         sequences.append(attend(q_nHK, k_1GmK, v_1GmK, scale, window))

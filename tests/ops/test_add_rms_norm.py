@@ -1,11 +1,14 @@
 """add_rms_norm_ against its float64 formula; the sum it normalises is the rounded one that it stores."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from comparing import assert_close, refused
 from test_rms_norm import reference
+from torch._subclasses import FakeTensorMode
 
 from pyllama.ops.add_rms_norm import add_rms_norm_
 
@@ -23,6 +26,16 @@ def test_formula(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Non
     assert add_rms_norm_(x, residual, weight, 1e-5) is None
     assert torch.equal(residual, total)
     assert_close(x, expected)
+
+
+@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
+def test_one_tensor_as_both_is_refused(mode: Callable[[], AbstractContextManager[Any]]) -> None:
+    with mode():
+        x, weight = torch.ones(2, 4, 64), torch.ones(64)
+        for residual in (x, x.view(2, 4, 64)):
+            with refused("add_rms_norm_: x and residual are the same memory"):
+                add_rms_norm_(x, residual, weight, 1e-6)
+        add_rms_norm_(x[0], x[1], weight, 1e-6)  # parts of one tensor that share nothing
 
 
 def test_arguments(device: str) -> None:

@@ -39,6 +39,15 @@ def test_formula(
     assert_close(out, torch.cat(expected))
 
 
+def test_lengths_beyond_the_block_table() -> None:
+    """Only eager bodies read values."""
+    q, cache = torch.randn(2, 3, 80), torch.randn(4, 8, 80)
+    table = int32(0, 1, 2, 3).view(2, 2)
+    for lengths, b in (((17, 1), 0), ((16, 17), 1), ((1, -1), 1), ((2**31 - 1, 1), 0)):
+        with refused(rf"mla_paged_attention: seq_lens\[{b}\] is {lengths[b]}, but must be in 0 to 16, .* 2 pages of 8"):
+            mla_paged_attention(q, cache, table, bounds([1, 1]), int32(*lengths), 1, 64, 0.1)
+
+
 def test_arguments(device: str) -> None:
     q, cache = torch.randn(2, 3, 80, device=device), torch.randn(4, 8, 80, device=device)
     table, cu, lens = (

@@ -34,6 +34,16 @@ def test_counting_sort(T: int, N: int, E: int, spread: str, device: str) -> None
     assert [positions[pair].item() for pair in pairs] == list(range(T * N))
 
 
+def test_experts_that_are_not_there() -> None:
+    """Only eager bodies read values."""
+    for place in ((0, 0), (4, 1), (2, 0)):
+        for wrong in (-1, 4, 2**31 - 1):
+            indices = torch.randint(4, (5, 2), dtype=torch.int32)
+            indices[place] = wrong
+            with refused(f"moe_dispatch: indices has expert {wrong}, but must be in 0 to 3"):
+                moe_dispatch(indices, 4)
+
+
 def test_arguments(device: str) -> None:
     with refused("moe_dispatch: indices must have .*int32"):
         moe_dispatch(torch.zeros(2, 2, dtype=torch.int64, device=device), 4)

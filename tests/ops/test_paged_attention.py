@@ -79,6 +79,15 @@ def test_long_cache_and_scale(device: str) -> None:
     assert_close(out, attention_of_sequence(numpy(q), *numpy(kv), 0.3))
 
 
+def test_lengths_beyond_the_block_table() -> None:
+    """Only eager bodies read values."""
+    q, cache = torch.randn(2, 2, 64), torch.randn(4, 2, 2, 8, 64)
+    table = int32(0, 1, 2, 3).view(2, 2)
+    for lengths, b in (((17, 1), 0), ((16, 17), 1), ((1, -1), 1), ((2**31 - 1, 1), 0)):
+        with refused(rf"paged_attention: seq_lens\[{b}\] is {lengths[b]}, but must be in 0 to 16, .* 2 pages of 8"):
+            paged_attention(q, cache, table, bounds([1, 1]), int32(*lengths), 1)
+
+
 def test_arguments(device: str) -> None:
     q, cache = torch.randn(2, 3, 64, device=device), torch.randn(4, 2, 2, 8, 64, device=device)
     table, cu, lens = (
