@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -11,7 +12,7 @@ from typing import Any, TypeAlias
 
 from pyllama.loader import load
 from pyllama.model import Model
-from pyllama.sampling import SamplingParams, TokenLogprobs
+from pyllama.sampling import SamplingParams, TokenLogprobs, is_list
 from pyllama.step import Decoding
 from pyllama.text import Chunk, Completion, FinishReason, TextStream
 from pyllama.tokenizer import Tokenizer
@@ -120,10 +121,10 @@ def _is_single(prompt: object, name: str = "prompt") -> bool:
     """Whether it is one prompt and not a list of them."""
     if isinstance(prompt, str):
         return True
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or not is_list(prompt):
         raise TypeError(
             f"{name} must be text, a list of token ids, a list of chat messages, or a list of such prompts, "
-            f"got {type(prompt).__name__}"
+            f"got {type(prompt).__name__}: {reprlib.repr(prompt)}"
         )
     if not prompt:
         raise ValueError(f"{name} is empty: it has 0 tokens, and at least 1 is needed")

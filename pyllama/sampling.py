@@ -5,7 +5,6 @@ B sequences, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -17,16 +16,17 @@ from torch import Tensor
 from pyllama.ops.sample import sample
 
 _SEEDS = 2**63  # seeds are int64 on the device
+_FLOAT32 = torch.finfo(torch.float32)  # and other numbers float32
 
 # What each option may be: its type, a test, and the test in words. NaN passes none of them.
 _KINDS: dict[type, str] = {Real: "a number", Integral: "an integer"}
 _RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "max_new_tokens": (Integral, lambda x: x >= 1, "at least 1"),
-    "temperature": (Real, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+    "temperature": (Real, lambda x: 0 <= x <= _FLOAT32.max, "at least 0 and finite in float32"),
     "top_k": (Integral, lambda x: x >= 1, "at least 1"),
     "top_p": (Real, lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (Real, lambda x: 0 <= x <= 1, "between 0 and 1"),
-    "repetition_penalty": (Real, lambda x: 0 < x < math.inf, "above 0 and finite"),
+    "repetition_penalty": (Real, lambda x: _FLOAT32.tiny <= x <= _FLOAT32.max, "above 0 and finite in float32"),
     "presence_penalty": (Real, lambda x: -2 <= x <= 2, "between -2 and 2"),
     "frequency_penalty": (Real, lambda x: -2 <= x <= 2, "between -2 and 2"),
     "seed": (Integral, lambda x: 0 <= x < _SEEDS, "at least 0 and below 2**63"),
@@ -70,8 +70,10 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         for name, element, plural in (("stop", str, "strings"), ("stop_token_ids", Integral, "integers")):
-            values = getattr(self, name) or ()
-            if not isinstance(values, Sequence | Set) or not all(isinstance(v, element) for v in values):
+            values = getattr(self, name)
+            if values is None or (name == "stop" and isinstance(values, str)):
+                continue
+            if not is_list(values) or not all(isinstance(v, element) and not isinstance(v, bool) for v in values):
                 raise TypeError(f"{name} must be a list of {plural}, got {values!r}")
         if self.stop == "" or "" in self.stop_strings:
             raise ValueError(f"stop must not be or hold the empty string, got {self.stop!r}")
@@ -95,6 +97,11 @@ class SamplingParams:
             return [0] * self.n  # no chance involved: leave the generator alone
         seeds: list[int] = torch.randint(_SEEDS - 1, (self.n,), dtype=torch.int64).tolist()
         return seeds
+
+
+def is_list(value: object) -> bool:
+    """Whether it is a collection of things; text and bytes, though sequences to Python, are each one thing."""
+    return isinstance(value, Sequence | Set) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def derived_seed(seed: int, sample: int) -> int:

@@ -91,12 +91,18 @@ def test_without_a_tokenizer_token_ids_do(bare: Model) -> None:
         (5, {}, TypeError, "prompt must be text, a list of token ids, .* got int"),
         (None, {}, TypeError, "got NoneType"),
         (torch.tensor([5]), {}, TypeError, "got Tensor"),
+        (b"The", {}, TypeError, "prompt must be text, a list of token ids, .* got bytes: b'The'"),
+        (bytearray(b"The"), {}, TypeError, "got bytearray"),
+        (["The", b"The"], {}, TypeError, "prompt 1 must be text, .* got bytes: b'The'"),
+        ([True, 5], {}, TypeError, "must hold token ids only, got True at place 0"),
         ([{"content": "no role"}], {}, ValueError, "message 0 of the chat needs a 'role'"),
-        ("The", {"temperature": -1}, ValueError, "temperature must be at least 0 and finite, got -1"),
+        ("The", {"temperature": -1}, ValueError, "temperature must be at least 0 and finite in float32, got -1"),
         ("The", {"top_p": 0}, ValueError, "top_p must be above 0 and at most 1, got 0"),
         ("The", {"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
         ("The", {"stop_token_ids": [400]}, ValueError, "stop_token_ids has 400; the vocabulary is 0 to 399"),
         ("The", {"logprobs": 401}, ValueError, "logprobs must be at most the 400 tokens there are, got 401"),
+        ("The", {"stop_token_ids": 0}, TypeError, "stop_token_ids must be a list of integers, got 0"),
+        ("The", {"stop": False}, TypeError, "stop must be a list of strings, got False"),
         ("The", {"use_cache": 0}, TypeError, "use_cache must be True or False, got 0"),
         ("The", {"max_tokens": 5}, TypeError, "max_tokens"),
         ("The", {"top_k": "5"}, TypeError, "top_k must be an integer, got '5'"),
@@ -126,7 +132,7 @@ def test_bad_input_to_a_checkpoint_without_tokenizer_or_template(bare: Model, mo
 
 
 def test_a_cache_that_does_not_fit(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, max_position_embeddings=2**40)
+    write_checkpoint(tmp_path, max_position_embeddings=2**31 - 1)
     model = pyllama.load(tmp_path, "cpu")
     with pytest.raises(MemoryError, match=r"GiB on cpu"):
-        generate(model, [5], max_new_tokens=2**40)
+        generate(model, [[5]] * 64, max_new_tokens=2**40)

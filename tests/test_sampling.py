@@ -23,16 +23,19 @@ def sampler(params: SamplingParams, seeds: list[int], prompts: list[list[int]] |
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -0.5}, "temperature must be at least 0 and finite, got -0.5"),
-        ({"temperature": math.inf}, "temperature must be at least 0 and finite, got inf"),
-        ({"temperature": math.nan}, "temperature must be at least 0 and finite, got nan"),
+        ({"temperature": -0.5}, "temperature must be at least 0 and finite in float32, got -0.5"),
+        ({"temperature": math.inf}, "temperature must be at least 0 and finite in float32, got inf"),
+        ({"temperature": math.nan}, "temperature must be at least 0 and finite in float32, got nan"),
+        ({"temperature": 1e39}, r"temperature must be at least 0 and finite in float32, got 1e\+39"),
+        ({"repetition_penalty": 1e39}, r"repetition_penalty must be above 0 and finite in float32, got 1e\+39"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty must be above 0 and finite in float32, got 1e-46"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_k": -1}, "top_k must be at least 1, got -1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"min_p": -0.1}, "min_p must be between 0 and 1, got -0.1"),
         ({"min_p": 2}, "min_p must be between 0 and 1, got 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0 and finite, got 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0 and finite in float32, got 0"),
         ({"presence_penalty": 2.5}, "presence_penalty must be between -2 and 2, got 2.5"),
         ({"frequency_penalty": -3}, "frequency_penalty must be between -2 and 2, got -3"),
         ({"seed": -1}, r"seed must be at least 0 and below 2\*\*63, got -1"),
@@ -64,6 +67,14 @@ def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
         ({"stop": ["a", 5]}, "stop must be a list of strings"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids must be a list of integers"),
         ({"stop_token_ids": 2}, "stop_token_ids must be a list of integers, got 2"),
+        ({"stop_token_ids": 0}, "stop_token_ids must be a list of integers, got 0"),
+        ({"stop_token_ids": ""}, "stop_token_ids must be a list of integers, got ''"),
+        ({"stop_token_ids": b"ab"}, "stop_token_ids must be a list of integers, got b'ab'"),
+        ({"stop_token_ids": [True]}, r"stop_token_ids must be a list of integers, got \[True\]"),
+        ({"stop_token_ids": False}, "stop_token_ids must be a list of integers, got False"),
+        ({"stop": False}, "stop must be a list of strings, got False"),
+        ({"stop": 0}, "stop must be a list of strings, got 0"),
+        ({"stop": b""}, "stop must be a list of strings, got b''"),
         ({"best_of": 2}, "best_of"),
     ],
 )
@@ -75,6 +86,8 @@ def test_values_of_another_type(options: dict[str, Any], message: str) -> None:
 def test_values_that_are_allowed() -> None:
     SamplingParams(temperature=0, top_k=10**9, top_p=1, min_p=1, seed=2**63 - 1, logprobs=0)
     SamplingParams(temperature=np.float32(0.5), max_new_tokens=np.int64(3), presence_penalty=-2)
+    SamplingParams(temperature=1e-45, repetition_penalty=1e38)
+    SamplingParams(stop=[], stop_token_ids=np.arange(3).tolist())
     assert SamplingParams().stop_strings == ()
     assert SamplingParams(stop="ab").stop_strings == ("ab",)
     assert SamplingParams(stop=["ab", "c"], stop_token_ids={3}).stop_strings == ("ab", "c")

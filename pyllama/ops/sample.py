@@ -74,12 +74,12 @@ def sample(
     greedy = temperature == 0
     if greedy.all():
         return scores.argmax(-1)
-    noisy = scores / temperature.where(~greedy, 1.0).unsqueeze(1)
+    noisy = scores - scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes two scores infinite
+    noisy = noisy / temperature.where(~greedy, 1.0).unsqueeze(1)
     if top_k.any() or (top_p < 1).any():
         noisy = noisy.masked_fill(noisy < _threshold(noisy, top_k, top_p), float("-inf"))
     if min_p.any():
-        floor = noisy.amax(-1, keepdim=True) + min_p.log().unsqueeze(1)
-        noisy = noisy.masked_fill(noisy < floor, float("-inf"))
+        noisy = noisy.masked_fill(noisy < min_p.log().unsqueeze(1), float("-inf"))
     noisy = noisy + gumbel_noise(seed, step, logits.shape[1], scores.dtype)
     return torch.where(greedy.unsqueeze(1), scores, noisy).argmax(-1)
 

@@ -124,6 +124,16 @@ def test_greedy(dtype: torch.dtype, device: str) -> None:
     assert tokens.tolist() == [7, 0, *numpy(logits)[2:].argmax(-1)]
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45])
+@pytest.mark.parametrize("given", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_the_lowest_temperatures_are_greedy(given: dict[str, Any], temperature: float, device: str) -> None:
+    """Down to float32's least number, by which every score overflows."""
+    logits = 5 * torch.randn(40, 300, device=device)
+    logits[::2] = logits[::2].abs()
+    chosen = options(40, device, temperature=temperature, seed=torch.arange(40), **given)
+    assert sample(logits, **chosen).tolist() == numpy(logits).argmax(-1).tolist()
+
+
 def test_filters_keep_ties(device: str) -> None:
     """Three equal tokens at the edge: top-k and top-p keep all of them, and nothing below."""
     logits = torch.log(torch.tensor([0.3, 0.2, 0.2, 0.2, 0.1], device=device)).expand(400, 5).contiguous()
