@@ -22,7 +22,7 @@ help:
 	@echo "                STAGE=test|bench|sanitize|model for one stage, OUT=folder for the results"
 
 demo: $(build)
-	$(bin)/pyllama generate demo "The with statement" --max-new-tokens 100
+	$(bin)/pyllama generate demo "If the file" --max-new-tokens 80 --repetition-penalty 1.15
 
 test: lint
 	$(bin)/python -m pytest

@@ -1,7 +1,7 @@
 """LLM inference with hand-written CUDA kernels: LLaMA and MoE models, and their ops one by one.
 
 >>> model = pyllama.load("demo")
->>> print(pyllama.generate(model, "The with statement"))
+>>> print(pyllama.generate(model, "If the file"))
 """
 
 from importlib.metadata import version
