@@ -270,7 +270,8 @@ def _answer(chunks: Iterator[Chunk]) -> str:
 
 def _write(text: str) -> None:
     """Text of a model must not steer a terminal; a file or a pipe gets it as it is."""
-    typer.echo(text.translate(_CONTROLS) if sys.stdout.isatty() else text, nl=False)
+    text = text.translate(_CONTROLS) if sys.stdout.isatty() else text
+    typer.echo(text, nl=False, color=True)  # color: or it leaves out escape sequences
 
 
 def _lines() -> Iterator[str]:

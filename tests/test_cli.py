@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from click.testing import Result
-from tiny import byte_level_tokenizer, write_checkpoint, write_tokenizer
+from tiny import VOCAB_SIZE, byte_level_tokenizer, write_checkpoint, write_tokenizer
+from tokenizers import models
 from typer.testing import CliRunner
 
 import pyllama
@@ -95,6 +97,27 @@ def test_generate_json(folder: Path, model: Model, flags: str, options: dict[str
         if completion.logprobs:
             assert one["logprobs"][0]["token_id"] == completion.token_ids[0]
             assert len(one["logprobs"][0]["top"]) == 2
+
+
+def test_escape_sequences_reach_a_pipe_and_no_terminal(tmp_path: Path) -> None:
+    tokens = [f"\x1b[{i}m{i}" for i in range(VOCAB_SIZE)]
+    tokenizer = tokenizers.Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0])
+    )
+    write_checkpoint(tmp_path, eos_token_id=None)
+    write_tokenizer(tmp_path, tokenizer, bos_token=None, eos_token=None, unk_token=None)
+    expected = f"{pyllama.generate(pyllama.load(tmp_path, 'cpu'), tokens[7], 4)}\n"
+    assert "\x1b[" in expected
+    arguments = ["generate", str(tmp_path), tokens[7], "--max-new-tokens", "4", "--device", "cpu"]
+    assert written(run(*arguments)) == expected
+
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, "-c", "from pyllama.cli import app; app()", *arguments]
+    subprocess.run(command, stdout=theirs, stderr=subprocess.DEVNULL, check=True)
+    os.close(theirs)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert shown == expected.replace("\x1b", "\ufffd").replace("\n", "\r\n")
 
 
 def test_generate_several_from_standard_input(folder: Path, model: Model) -> None:
