@@ -64,7 +64,7 @@ class Results:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            "pyllama": package_version("pyllama"),
+            "pyllama_version": package_version("pyllama"),
             "commit": commit(),
         }
 
@@ -84,7 +84,7 @@ class Results:
         print(f"appended to {self.path}")
 
 
-ORIGIN = ("device", "python", "torch", "cuda", "pyllama", "commit", "time")
+ORIGIN = ("device", "python", "torch", "cuda", "pyllama_version", "commit", "time")
 
 
 def read(path: Path, offset: int = 0) -> list[dict[str, Any]]:
