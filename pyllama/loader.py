@@ -192,7 +192,8 @@ def _device(device: torch.device | str | None) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(f"device is {chosen}, but torch {torch.__version__} finds no CUDA GPU; use device='cpu'")
     major, minor = torch.cuda.get_device_capability(chosen)
-    _match_kernels(major, minor)
+    if not _C.supports(major, minor):
+        _C.disable("CUDA")  # for every GPU of the process, as `pyllama.eager()` does
     eager = [name for name in OPS if implementation(name, chosen) == "eager"]
     if eager:
         warnings.warn(
@@ -202,24 +203,6 @@ def _device(device: torch.device | str | None) -> torch.device:
             stacklevel=3,
         )
     return chosen
-
-
-_kernels_off = False  # CUDA kernels are registered for the process, so this is too
-
-
-def _match_kernels(major: int, minor: int) -> None:
-    """Disables the CUDA kernels for a GPU without code, and enables them again for one with it.
-
-    What `pyllama.eager()` has disabled stays so.
-    """
-    global _kernels_off
-    if not _C.supports(major, minor):
-        if "CUDA" in _C.enabled():
-            _C.disable("CUDA")
-            _kernels_off = True
-    elif _kernels_off:
-        _C.enable("CUDA")
-        _kernels_off = False
 
 
 def _check_kernels_take(dtype: torch.dtype | None, device: torch.device) -> None:
