@@ -98,7 +98,7 @@ def steps(stage: str, out: Path) -> Iterator[Step]:
     elif stage == "model":
         yield Step("wheel", [python, ROOT / "tests" / "wheel" / "smoke.py"], by_status)
         cli = [python, "-c", "from pyllama.cli import app; app()"]
-        yield Step("generate", [*cli, "generate", "demo", "The with statement", "--json"], by_text)
+        yield Step("generate", [*cli, "generate", "demo", "If the file", "--json"], by_text)
 
 
 def build(out: Path) -> str:

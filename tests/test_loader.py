@@ -254,7 +254,8 @@ def test_a_gpu_without_code_gets_eager_ops_and_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (3, 5))
     try:
-        with pytest.warns(UserWarning, match=rf"{len(OPS)} of {len(OPS)} ops have no kernel for this GPU \(sm_35\)") as warned:
+        message = rf"{len(OPS)} of {len(OPS)} ops have no kernel for this GPU \(sm_35\)"
+        with pytest.warns(UserWarning, match=message) as warned:
             assert _device("cuda:0") == torch.device("cuda:0")
         assert len(warned) == 1
         assert implementation("rms_norm", "cuda") == "eager"
