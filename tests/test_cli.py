@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -164,6 +165,13 @@ def read_until(terminal: int, wanted: str, seen: str = "", seconds: float = 60) 
     return seen
 
 
+def own_terminal() -> None:
+    """Makes standard input the process's terminal, whose Ctrl-C interrupts, also where the tests themselves ignore it
+    (programs in a shell's background do)."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_a_chat_stops_the_answer_only(folder: Path) -> None:
     """In a real terminal, which the model's control characters do not reach."""
     terminal, theirs = pty.openpty()
@@ -176,15 +184,19 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only(folder: Path) -> None:
         stderr=theirs,
         env=os.environ | {"TERM": "dumb"},
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that its Ctrl-C interrupts
+        preexec_fn=own_terminal,
     )
     os.close(theirs)
     try:
         seen = read_until(terminal, "> ")
-        while "(/exit or Ctrl-D ends the chat)\r\n> " not in seen:
+        for _ in range(30):
             os.write(terminal, b"\x03")  # again where it came before the terminal was waited for
             if select.select([terminal], [], [], 2)[0]:
                 seen = read_until(terminal, "> ")
+            if "(/exit or Ctrl-D ends the chat)\r\n> " in seen:
+                break
+        else:
+            pytest.fail(f"Ctrl-C at the prompt does nothing: {seen!r}")
         for _ in range(2):
             os.write(terminal, b"hello\n")
             seen = read_until(terminal, "hello\r\n")
