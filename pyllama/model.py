@@ -17,6 +17,7 @@ from pyllama.layers.linear import Linear
 from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import cos_sin_table
 from pyllama.ops.product import product
+from pyllama.ops.registry import cast, compute_dtype
 
 if TYPE_CHECKING:
     from pyllama.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class Model(nn.Module):
         logits = self._logits(x_TD).unflatten(0, (sequences, tokens))
         if labels is None:
             return logits
-        loss = F.cross_entropy(_widened(logits[:, :-1].flatten(0, 1)), labels[:, 1:].flatten())
+        loss = F.cross_entropy(cast(logits[:, :-1].flatten(0, 1), compute_dtype(logits)), labels[:, 1:].flatten())
         aux_loss = load_balancing_loss(routings)
         if aux_loss is not None:
             coefficients = {c.ffn.aux_loss_coef for c in self.config.layers if isinstance(c.ffn, MoEConfig)}
@@ -123,13 +124,9 @@ def load_balancing_loss(routings: list[Routing]) -> Tensor | None:
     """
     if not routings:
         return None
-    probabilities = _widened(torch.cat([routing.logits for routing in routings])).softmax(dim=-1)
+    logits = torch.cat([routing.logits for routing in routings])
+    probabilities = cast(logits, compute_dtype(logits)).softmax(dim=-1)
     experts = torch.cat([routing.experts for routing in routings]).long()
     num_experts = probabilities.shape[-1]
     load = F.one_hot(experts, num_experts).sum(dim=1).to(probabilities).mean(dim=0)
     return num_experts * torch.sum(load * probabilities.mean(dim=0))
-
-
-def _widened(x: Tensor) -> Tensor:
-    """x in float32, or wider where it is already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -25,18 +25,6 @@ CHAT = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path, byte_level_tokenizer())
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Model:
-    return pyllama.load(folder, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def reference(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, byte_level_tokenizer, write_checkpoint
+from tiny import VOCAB_SIZE, write_checkpoint
 from transformers import PreTrainedTokenizerFast
 
 import pyllama
@@ -16,18 +16,6 @@ from pyllama.model import Model
 from pyllama.text import Completion
 
 CHAT = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path, byte_level_tokenizer())
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Model:
-    return pyllama.load(folder, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pyllama.architectures.reader import Reader
+from pyllama.architectures.reader import REQUIRED, Reader
 from pyllama.config import (
     FFNConfig,
     GQAConfig,
@@ -64,6 +64,16 @@ def read_attention(reader: Reader, *, rope_theta: float, kv_heads: int | None = 
     if size % 2:
         raise reader.refusal("head_dim", f"RoPE rotates pairs, and the head size {size} is odd")
     return GQAConfig(heads, kv_heads, size, read_rope(reader, size, rope_theta), **options)
+
+
+def read_experts(reader: Reader, **defaults: int) -> tuple[int, int]:
+    """(experts, experts per token). Keyword arguments: transformers' defaults, by the key they stand for."""
+    experts, top_k = (
+        reader.integer(key, default=defaults.get(key, REQUIRED)) for key in ("num_local_experts", "num_experts_per_tok")
+    )
+    if top_k > experts:
+        raise reader.refusal("num_experts_per_tok", f"there are only {experts} experts")
+    return experts, top_k
 
 
 def read_rope(reader: Reader, dim: int, default_theta: float) -> RopeConfig:

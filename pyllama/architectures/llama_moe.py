@@ -6,7 +6,7 @@ The feed-forward is a shared SwiGLU expert, which every token passes through, pl
 
 from __future__ import annotations
 
-from pyllama.architectures.common import Family, read_attention, read_decoder, weight_table
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_experts, weight_table
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig, MoEConfig
 from pyllama.weights import Rule
@@ -16,9 +16,7 @@ def read(reader: Reader) -> ModelConfig:
     reader.only("model_type", "llama_moe")
     bias = reader.boolean("attention_bias", default=False)
     attention = read_attention(reader, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
-    experts, top_k = reader.integer("num_local_experts"), reader.integer("num_experts_per_tok")
-    if top_k > experts:
-        raise reader.refusal("num_experts_per_tok", f"there are only {experts} experts")
+    experts, top_k = read_experts(reader)
     ffn = MoEConfig(
         num_experts=experts,
         top_k=top_k,

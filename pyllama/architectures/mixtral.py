@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyllama.architectures.common import Family, read_attention, read_decoder, weight_table
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_experts, weight_table
 from pyllama.architectures.reader import Reader
 from pyllama.config import ModelConfig, MoEConfig
 from pyllama.weights import Rule
@@ -12,10 +12,7 @@ def read(reader: Reader) -> ModelConfig:
     reader.only("model_type", "mixtral")
     window = reader.integer("sliding_window", default=None, null=None)
     attention = read_attention(reader, rope_theta=1_000_000.0, kv_heads=8, window=window)
-    experts = reader.integer("num_local_experts", default=8)
-    top_k = reader.integer("num_experts_per_tok", default=2)
-    if top_k > experts:
-        raise reader.refusal("num_experts_per_tok", f"there are only {experts} experts")
+    experts, top_k = read_experts(reader, num_local_experts=8, num_experts_per_tok=2)
     ffn = MoEConfig(
         num_experts=experts,
         top_k=top_k,
