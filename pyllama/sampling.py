@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyllama.ops.registry import cast, compute_dtype
 from pyllama.ops.sample import sample
 
 _SEEDS = 2**63  # seeds are int64 on the device
@@ -190,8 +191,7 @@ class TokenLogprobs:
 
 def token_logprobs(logits_BV: Tensor, tokens_B: Tensor, top: int) -> list[TokenLogprobs]:
     """Of each sequence's chosen token, beside those of the `top` likeliest."""
-    dtype = torch.promote_types(logits_BV.dtype, torch.float32)
-    logprobs_BV = torch.log_softmax(logits_BV.to(dtype), dim=-1)
+    logprobs_BV = torch.log_softmax(cast(logits_BV, compute_dtype(logits_BV)), dim=-1)
     values_BN, ids_BN = logprobs_BV.topk(top, dim=-1)
     chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
     rows = zip(tokens_B.tolist(), chosen_B.tolist(), ids_BN.tolist(), values_BN.tolist(), strict=True)
