@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyllama.layers.linear import Linear
-from pyllama.ops.product import FEW, product
+from pyllama.ops.product import MOST, product
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -21,8 +21,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("features", [1, 6, 7, 48])
-@pytest.mark.parametrize("tokens", [0, 1, 2, FEW, FEW + 1])
+@pytest.mark.parametrize("features", [1, 6, 7, 48, 3 * MOST])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 16, MOST, MOST + 1])
 def test_against_float64(tokens: int, features: int, dtype: torch.dtype) -> None:
     torch.manual_seed(tokens)
     wide = torch.randn(tokens, 40, dtype=dtype)

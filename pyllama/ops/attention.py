@@ -69,8 +69,13 @@ def attend(q_nHK: Tensor, k_1GmK: Tensor, v_1GmV: Tensor, scale: float, window: 
     compute = compute_dtype(q_nHK)
     if m == 0:
         return q_nHK.new_zeros(0, q_nHK.shape[1], v_1GmV.shape[3], dtype=compute)
+    if n == 1:  # the heads of a group see the same keys: they are as good as queries, and their keys are read once
+        G, K = k_1GmK.shape[1], q_nHK.shape[2]
+        q_1GrK = cast(q_nHK, compute).reshape(1, G, -1, K)
+        out_1GrV = F.scaled_dot_product_attention(q_1GrK, cast(k_1GmK, compute), cast(v_1GmV, compute), scale=scale)
+        return out_1GrV.flatten(1, 2)
     mask = None
-    if n > 1 and (n < m or (window is not None and window < m)):
+    if n < m or (window is not None and window < m):
         age = torch.arange(m - n, m, device=q_nHK.device)[:, None] - torch.arange(m, device=q_nHK.device)
         mask = age >= 0 if window is None else (age >= 0) & (age < window)
     out_1HnV = F.scaled_dot_product_attention(
@@ -78,7 +83,7 @@ def attend(q_nHK: Tensor, k_1GmK: Tensor, v_1GmV: Tensor, scale: float, window: 
         cast(k_1GmK, compute),
         cast(v_1GmV, compute),
         mask,
-        is_causal=mask is None and n > 1,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=q_nHK.shape[1] != k_1GmK.shape[1],
     )

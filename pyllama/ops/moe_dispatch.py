@@ -28,7 +28,8 @@ def moe_dispatch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
         raise ValueError(f"moe_dispatch: num_experts is {num_experts}, but must be at least 1")
     experts_M, order_M = indices.flatten().sort(stable=True)
     if T * N:
-        least, most = torch.stack((experts_M[0], experts_M[-1])).tolist()
+        ends = experts_M[:: max(T * N - 1, 1)].tolist()
+        least, most = ends[0], ends[-1]
         if least < 0 or most >= num_experts:
             wrong = least if least < 0 else most
             raise ValueError(f"moe_dispatch: indices has expert {wrong}, but must be in 0 to {num_experts - 1}")

@@ -15,4 +15,4 @@ def swiglu(x: Tensor) -> Tensor:
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu: x's last dimension is {x.shape[-1]}, but must be even: 2F, gate and up")
     gate, up = cast(x, compute_dtype(x)).chunk(2, dim=-1)
-    return cast(functional.silu(gate) * up, x.dtype)
+    return cast(functional.silu(gate).mul_(up), x.dtype)
