@@ -11,12 +11,14 @@ torch := $(shell sed -n 's/^torch==//p' constraints.txt)
 setup := $(VENV)/.setup
 build := $(VENV)/.build
 sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+cpp := $(filter %.h %.cpp %.cu,$(shell find csrc tests/emulator -type f))
 
-.PHONY: help demo test lint format nightly build wheel sdist test-wheel gpu-check clean
+.PHONY: help demo test emulator sanitize lint format nightly build wheel sdist test-wheel gpu-check clean
 help:
 	@echo "make demo       generate text with the embedded model"
 	@echo "make test       lint and test, what CI runs        make nightly    the tests that take long"
 	@echo "make format     format Python and C++              make build      compile csrc/ again"
+	@echo "make emulator   compile csrc/ for the CPU          make sanitize   its tests under sanitizers"
 	@echo "make wheel      wheel in dist/, checked            make sdist      source distribution, checked"
 	@echo "make gpu-check  test and measure on this machine's GPU, with the Python of PYTHON=python3;"
 	@echo "                STAGE=test|bench|sanitize|model for one stage, OUT=folder for the results"
@@ -24,19 +26,34 @@ help:
 demo: $(build)
 	$(bin)/pyllama generate demo "If the file" --max-new-tokens 80 --repetition-penalty 1.15
 
-test: lint
-	$(bin)/python -m pytest
+test: lint emulator
+	$(bin)/python -m pytest --emulator plain
+	$(MAKE) sanitize
+
+# The kernels compiled for the CPU (tests/emulator), plain and for each sanitizer.
+emulator: $(setup)
+	@$(bin)/cmake -S tests/emulator -B build/emulator -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+	    -DPython_EXECUTABLE=$(abspath $(bin))/python >build/emulator.log || { cat build/emulator.log; exit 1; }
+	@$(bin)/cmake --build build/emulator --target plain asan tsan conformance
+
+# A sanitizer's library must be in the process before Python is. One OpenMP thread: torch's own threads are not instrumented.
+library = $(shell $(CXX) -print-file-name=$(1))
+sanitize: emulator
+	LD_PRELOAD="$(call library,libasan.so) $(call library,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	    $(bin)/python -m pytest tests/ops --emulator asan -k emulated -m "not nightly and not large"
+	LD_PRELOAD="$(call library,libtsan.so)" TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
+	    $(bin)/python -m pytest tests/ops --emulator tsan -k emulated -m "not nightly and not large"
 
 lint: $(build)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(bin)/clang-format --dry-run -Werror $(cpp)
 	$(bin)/mypy
 
 format: $(setup)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	$(bin)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+	$(bin)/clang-format -i $(cpp)
 
 nightly: lint
 	$(bin)/python -m pytest -m nightly

@@ -1,0 +1,60 @@
+"""The kernels on the CPU: loads the library that CMakeLists.txt beside this file builds, and enables its kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BUILD = Path(__file__).parents[2] / "build" / "emulator"
+EMULATOR = pytest.StashKey["Emulator | None"]()  # where a test run keeps the one it was given
+SCHEDULES = {"plain": 4, "asan": 2, "tsan": 1}  # of each flavour, how many a test runs under
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """The emulated kernels of one flavour: plain, or instrumented by a sanitizer."""
+
+    flavour: str
+    build: Path = BUILD
+
+    @property
+    def path(self) -> Path:
+        return self.build / self.flavour / "_C.so"
+
+    @property
+    def seeds(self) -> list[int]:
+        """Schedules to run under: 0 is the order of the threads' numbers, the others are random and repeat."""
+        first = 1 if self.flavour == "tsan" else 0
+        return list(range(first, first + SCHEDULES[self.flavour]))
+
+    @cached_property
+    def module(self) -> ModuleType:
+        """pyllama._C with CPU kernels. Loaded once a process: every load would enter its ops again."""
+        spec = importlib.util.spec_from_file_location("_C", self.path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return self.module.ops  # type: ignore[no-any-return]
+
+    @contextmanager
+    def enabled(self, seed: int) -> Iterator[None]:
+        """Inside, CPU tensors meet the kernels, whose threads run in the order that `seed` gives."""
+        ctypes.CDLL(str(self.path)).emulator_seed(ctypes.c_uint64(seed))
+        self.module.enable("CPU")
+        try:
+            yield
+        finally:
+            self.module.disable("CPU")
