@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cctype>
 #include <climits>
 #include <cstring>
 #include <initializer_list>
@@ -48,7 +49,7 @@ class DeviceScope {
 // must meet the same size from then on. Whatever is wrong becomes a ValueError in Python.
 class Arguments {
     struct Dimension {
-        const char* name;
+        std::string name;
         int64_t size;
         const char* tensor;  // where it was met first
     };
@@ -62,15 +63,30 @@ class Arguments {
         return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
     }
 
+    static const char* dtype(ScalarType type) {
+        switch (type) {
+            case ScalarType::Bool:
+                return "bool";
+            case ScalarType::Int:
+                return "int32";
+            case ScalarType::Long:
+                return "int64";
+            case ScalarType::Float:
+                return "float32";
+            default:
+                return "another dtype";
+        }
+    }
+
     static std::string shape(const Tensor& t) {
         std::string text;
         for (const int64_t size : t.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
         return "[" + text + "]";
     }
 
-    const Dimension* find(const char* name) const {
+    const Dimension* find(const std::string& name) const {
         for (const Dimension& d : dimensions_)
-            if (std::strcmp(d.name, name) == 0) return &d;
+            if (d.name == name) return &d;
         return nullptr;
     }
 
@@ -85,27 +101,41 @@ class Arguments {
         throw std::invalid_argument(text.str());
     }
 
-    // Checks a tensor's shape, e.g. {"T", "D"}, or {"...", "D"} for any leading dimensions; and that its device and its
-    // dtype, one of with_float_type's, are those of the op's first tensor.
+    // Checks a tensor's shape, e.g. {"T", "D"}, or {"...", "D"} for any leading dimensions, {"B+1"} for one more than
+    // B,
+    // {"2"} for a number; that its device is that of the op's first tensor, and its dtype too, one of
+    // with_float_type's.
     void tensor(const char* name, const Tensor& t, std::initializer_list<const char*> shape_names) {
         if (!first_) {
             first_ = &t, first_name_ = name;
             with_float_type([](auto) {});
         }
+        if (t.scalar_type() != first_->scalar_type()) fail(name, " must have the dtype of ", first_name_);
+        tensor(name, t, t.scalar_type(), shape_names);
+    }
+
+    // The same for a tensor of a dtype of its own; it comes after the first.
+    void tensor(const char* name, const Tensor& t, ScalarType type, std::initializer_list<const char*> shape_names) {
         if (t.is_cuda() != first_->is_cuda() || t.get_device_index() != first_->get_device_index())
             fail(name, " is on ", device(t), ", but ", first_name_, " is on ", device(*first_));
-        if (t.scalar_type() != first_->scalar_type()) fail(name, " must have the dtype of ", first_name_);
+        if (t.scalar_type() != type) fail(name, " must have ", dtype(type), ", but has ", dtype(t.scalar_type()));
 
         const bool leading = std::strcmp(*shape_names.begin(), "...") == 0;
         const int64_t named = int64_t(shape_names.size()) - leading, skipped = t.dim() - named;
-        if (leading ? skipped < 0 : skipped != 0) {
-            std::string expected;
-            for (const char* n : shape_names) expected += (expected.empty() ? "" : ", ") + std::string(n);
-            fail(name, " must have shape [", expected, "], but has ", shape(t));
-        }
+        std::string expected;
+        for (const char* n : shape_names) expected += (expected.empty() ? "" : ", ") + std::string(n);
+        if (leading ? skipped < 0 : skipped != 0) fail(name, " must have shape [", expected, "], but has ", shape(t));
         for (int64_t i = 0; i < named; ++i) {
-            const char* dimension = shape_names.begin()[i + leading];
-            const int64_t size = t.size(skipped + i);
+            std::string dimension = shape_names.begin()[i + leading];
+            int64_t size = t.size(skipped + i);
+            if (std::isdigit(dimension[0])) {
+                if (size != std::stoi(dimension)) fail(name, " must have shape [", expected, "], but has ", shape(t));
+                continue;
+            }
+            if (const size_t plus = dimension.find('+'); plus != std::string::npos) {
+                size -= std::stoi(dimension.substr(plus + 1));
+                dimension.resize(plus);
+            }
             const Dimension* met = find(dimension);
             if (!met)
                 dimensions_.push_back({dimension, size, name});
@@ -113,6 +143,13 @@ class Arguments {
                 fail(name, " of shape ", shape(t), " has ", dimension, " = ", size, ", but ", met->tensor, " has ",
                      dimension, " = ", met->size);
         }
+    }
+
+    // A contiguous tensor's data, e.g. of lengths or of a table.
+    template <class T>
+    const T* data(const char* name, const Tensor& t) const {
+        if (!t.is_contiguous()) fail(name, " must be contiguous: call .contiguous() on it");
+        return static_cast<const T*>(t.const_data_ptr());
     }
 
     // The size of a dimension that a tensor was checked with.
