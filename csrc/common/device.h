@@ -63,6 +63,18 @@ inline void check_cuda(cudaError_t error) {
 }
 #endif
 
+// The current GPU's multiprocessors. On the CPU a few, so that small problems too are split among blocks.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+    int device = 0, count = 0;
+    check_cuda(cudaGetDevice(&device));
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+#else
+    return 8;
+#endif
+}
+
 // launch(kernel, {grid, block, smem, stream}, arguments...); arguments convert to the kernel's types.
 struct Launch {
     dim3 grid, block;

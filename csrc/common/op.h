@@ -155,6 +155,15 @@ class Arguments {
     // The size of a dimension that a tensor was checked with.
     int64_t operator[](const char* dimension) const { return find(dimension)->size; }
 
+    // Of a tensor [tokens, heads, size] checks that each head's row is contiguous and starts at a multiple of 16 bytes.
+    void rows_of_heads(const char* name, const Tensor& t) const {
+        if (t.numel() == 0) return;
+        if (t.stride(2) != 1 && t.size(2) != 1) fail(name, " must have contiguous rows: call .contiguous() on it");
+        const int64_t size = t.element_size(), start = reinterpret_cast<intptr_t>(t.const_data_ptr());
+        if (start % 16 != 0 || t.stride(0) * size % 16 != 0 || t.stride(1) * size % 16 != 0)
+            fail(name, " must have every row at a multiple of 16 bytes: call .clone() on it");
+    }
+
     // The tensor's rows, each of which starts at a multiple of 16 bytes, for access in vectors.
     Rows rows(const char* name, const Tensor& t) const {
         const int64_t last = t.dim() - 1;

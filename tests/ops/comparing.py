@@ -8,23 +8,33 @@ import torch
 from torch import Tensor
 
 
-def assert_close(actual: Tensor, expected: Tensor | np.ndarray, roundings: float = 1.0) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor | np.ndarray, roundings: float = 1.0, rounded_within: float = 0.0
+) -> None:
     """`actual` is the float64 result, computed in float32 (float64: in float64) and rounded once to its type.
 
     Per element one rounding of the type, plus 64 roundings of the type computed in, of the largest element (sums).
-    roundings: multiplies the first part.
+    roundings: multiplies the first part. rounded_within: the size of what is rounded to the type on the way, which is
+    allowed for besides.
     """
     expected = torch.as_tensor(expected)
     assert expected.dtype == torch.float64
     assert actual.shape == expected.shape
     compute = torch.promote_types(actual.dtype, torch.float32)
     largest = expected.abs().max().item() if expected.numel() else 0.0
+    rounding = torch.finfo(actual.dtype).eps / 2
     torch.testing.assert_close(
         actual.detach().cpu().double(),
         expected,
         rtol=roundings * torch.finfo(actual.dtype).eps / (1 if actual.dtype == compute else 2) * 1.01,
-        atol=64 * torch.finfo(compute).eps * max(largest, torch.finfo(actual.dtype).tiny),
+        atol=64 * torch.finfo(compute).eps * max(largest, torch.finfo(actual.dtype).tiny) + rounded_within * rounding,
     )
+
+
+def rounded_weights(implementation: str, values: Tensor) -> float:
+    """What `rounded_within` is for attention: tensor cores take weights, at most 1, in the values' type."""
+    kernel = implementation != "eager" and values.dtype.itemsize == 2
+    return values.abs().max().item() if kernel and values.numel() else 0.0
 
 
 def poisoned(*shape: int, dtype: torch.dtype, device: str) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import assert_close, attention_of_sequence, bounds, int32, numpy, refused
+from comparing import assert_close, attention_of_sequence, bounds, int32, numpy, refused, rounded_weights
+from conftest import Implementation
 
 from pyllama.ops.attention import attention
 
@@ -33,10 +34,10 @@ LENGTHS = {
 @pytest.mark.parametrize(("H", "G"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_formula(
-    lengths: tuple[list[int], list[int]], H: int, G: int, window: int | None, dtype: torch.dtype, device: str
+    lengths: tuple[list[int], list[int]], H: int, G: int, window: int | None, dtype: torch.dtype, chosen: Implementation
 ) -> None:
     q_lengths, k_lengths = lengths
-    K = 64
+    K, device = 64, chosen.device
     q = torch.randn(sum(q_lengths), H, K, dtype=dtype, device=device)
     k, v = torch.randn(2, sum(k_lengths), G, K, dtype=dtype, device=device)
     out = attention(
@@ -53,13 +54,42 @@ def test_formula(
     assert out.is_contiguous()
     sequences = zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
     expected = [attention_of_sequence(*map(numpy, qkv), K**-0.5, window) for qkv in sequences]
-    assert_close(out, torch.cat([torch.zeros(0, H, K, dtype=torch.float64), *map(torch.from_numpy, expected)]))
+    assert_close(
+        out,
+        torch.cat([torch.zeros(0, H, K, dtype=torch.float64), *map(torch.from_numpy, expected)]),
+        rounded_within=rounded_weights(chosen.name, v),
+    )
 
 
-def test_scale_and_value_size(dtype: torch.dtype, device: str) -> None:
-    q, k, v = (torch.randn(9, heads, size, dtype=dtype, device=device) for heads, size in ((4, 32), (2, 32), (2, 16)))
-    out = attention(q, k, v, bounds([9], device), bounds([9], device), 9, 9, scale=0.7)
-    assert_close(out, attention_of_sequence(numpy(q), numpy(k), numpy(v), 0.7))
+@pytest.mark.parametrize(
+    ("K", "V"), [(32, 32), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256), (32, 16), (40, 24)]
+)
+def test_head_sizes_and_scale(K: int, V: int, dtype: torch.dtype, chosen: Implementation) -> None:
+    """Queries at the end of more keys, as views of longer rows."""
+    n, m, device = 21, 70, chosen.device
+    q = torch.randn(n, 4, K + 8, dtype=dtype, device=device)[..., :K]
+    k, v = (torch.randn(m, 2, size + 16, dtype=dtype, device=device)[..., :size] for size in (K, V))
+    cu_q, cu_k = bounds([n], device), bounds([m], device)
+    if chosen.name != "eager" and dtype.itemsize == 2 and K < 64 and V < 32:
+        with refused(f"attention: K = {K} and V = {V}, the head sizes, but must be"):
+            attention(q, k, v, cu_q, cu_k, n, m)
+        return
+    out = attention(q, k, v, cu_q, cu_k, n, m, scale=0.17)
+    expected = attention_of_sequence(numpy(q), numpy(k), numpy(v), 0.17)
+    assert_close(out, expected, rounded_within=rounded_weights(chosen.name, v))
+
+
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_queries_of_many_keys(window: int | None, dtype: torch.dtype, chosen: Implementation) -> None:
+    """Keys are split among blocks; a second sequence has too few for that."""
+    q_lengths, k_lengths, device = [3, 2], [1100, 50], chosen.device
+    q = torch.randn(5, 2, 64, dtype=dtype, device=device)
+    k, v = torch.randn(2, 1150, 1, 64, dtype=dtype, device=device)
+    out = attention(q, k, v, bounds(q_lengths, device), bounds(k_lengths, device), 3, 1100, window=window)
+    sequences = zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
+    expected = [torch.from_numpy(attention_of_sequence(*map(numpy, qkv), 0.125, window)) for qkv in sequences]
+    assert_close(out, torch.cat(expected), rounded_within=rounded_weights(chosen.name, v))
 
 
 def test_parts_of_one_product(device: str) -> None:

@@ -1,0 +1,207 @@
+// attention.h - causal attention with grouped queries over ragged sequences: the problem, its division among blocks,
+// and the kernels, which attention.cu and paged_attention.cu instantiate for their places of keys and values.
+//
+// The R = H / G query heads of a key/value head see the same keys, so they are rows of one product: row i of a sequence
+// is head i % R of its query i / R. A block computes a tile of rows for one key/value head, over all keys or over one
+// of the parts into which keys are split to fill the device. Parts leave their sums in a workspace, and the block that
+// is done last merges them in the order of the parts, so that results repeat bit for bit.
+#pragma once
+
+#include "common/softmax.h"
+
+constexpr int max_splits = 64;
+constexpr int key_step = 64;  // parts begin at multiples of it
+
+template <class T>
+struct Problem {
+    const T* q;  // [T, H, K], strided
+    int64_t q_token, q_head;
+    T* out;                   // [T, H, V]
+    const int* cu_seqlens_q;  // [B + 1]
+    int B, G, R;
+    int window;  // a query sees so many keys, its own included
+    float scale;
+    int splits;                    // the most parts
+    float *part_out, *part_stats;  // workspace, if splits > 1: [tiles, G, splits, rows, V] and [.., 2]
+    unsigned* done;                // [tiles, G], zeros
+};
+
+// Where the keys and values of all sequences are, each sequence's rows end to end.
+template <class T>
+struct Contiguous {
+    const T *k, *v;
+    int64_t k_token, k_head, v_token, v_head;
+    const int* cu_seqlens_k;
+
+    struct Head {
+        const T *k, *v;
+        int64_t k_token, v_token;
+        __device__ const T* key(int i) const { return k + i * k_token; }
+        __device__ const T* value(int i) const { return v + i * v_token; }
+    };
+    __device__ int length(int b) const { return cu_seqlens_k[b + 1] - cu_seqlens_k[b]; }
+    __device__ Head head(int b, int g) const {
+        const int64_t first = cu_seqlens_k[b];
+        return {k + first * k_token + g * k_head, v + first * v_token + g * v_head, k_token, v_token};
+    }
+};
+
+// Pages [P, 2, G, S, K], in the order of each sequence's row of the block table.
+template <class T>
+struct Paged {
+    const T* cache;
+    const int *block_table, *seq_lens;  // [B, max_pages], [B]
+    int max_pages, G, K, page_bits;     // S = 1 << page_bits
+
+    struct Head {
+        const T* cache;
+        const int* pages;
+        int64_t page_stride, value_offset;
+        int K, page_bits;
+        __device__ const T* key(int i) const {
+            return cache + pages[i >> page_bits] * page_stride + (i & ((1 << page_bits) - 1)) * K;
+        }
+        __device__ const T* value(int i) const { return key(i) + value_offset; }
+    };
+    __device__ int length(int b) const { return seq_lens[b]; }
+    __device__ Head head(int b, int g) const {
+        const int64_t one = int64_t(K) << page_bits;  // one head's keys of a page
+        return {cache + g * one, block_table + int64_t(b) * max_pages, 2 * G * one, G * one, K, page_bits};
+    }
+};
+
+// What a block computes.
+struct Work {
+    int sequence;     // < 0: nothing
+    int first, rows;  // rows of the sequence, at most a tile
+    int64_t token;    // the sequence's first query
+    int position;     // of that query among the keys; negative: it sees none
+    int begin, end;   // keys
+    int parts;        // into how many the keys are split
+};
+
+template <class T, class Source>
+__device__ Work find_work(const Problem<T>& p, const Source& source, int tile, int tile_rows, int split) {
+    const int lane = threadIdx.x % 32;
+    Work work{};
+    work.sequence = -1;
+    for (int base = 0, tiles = 0; base < p.B && work.sequence < 0; base += 32) {  // each lane has a sequence
+        const int b = base + lane;
+        const int queries = b < p.B ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : 0;
+        const int own = (queries * p.R + tile_rows - 1) / tile_rows;
+        int before = own;
+        for (int d = 1; d < 32; d *= 2) {
+            const int left = __shfl_up_sync(~0u, before, d);
+            if (lane >= d) before += left;
+        }
+        const int total = __shfl_sync(~0u, before, 31);
+        const unsigned found = __ballot_sync(~0u, tiles + before > tile);
+        if (found) {
+            const int owner = __ffs(found) - 1;
+            work.sequence = base + owner;
+            work.first = (tile - tiles - __shfl_sync(~0u, before - own, owner)) * tile_rows;
+        }
+        tiles += total;
+    }
+    if (work.sequence < 0) return work;
+    const int b = work.sequence, keys = source.length(b);
+    const int queries = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+    work.token = p.cu_seqlens_q[b];
+    work.rows = min(queries * p.R - work.first, tile_rows);
+    work.position = keys - queries;
+    // Keys that some row sees, of them this block's part.
+    const int oldest = work.position + work.first / p.R - p.window + 1;
+    const int newest = work.position + (work.first + work.rows - 1) / p.R;
+    const int begin = max(oldest, 0) / key_step * key_step, end = max(newest + 1, begin);
+    const int steps = (end - begin + key_step - 1) / key_step;
+    const int part = max((steps + p.splits - 1) / p.splits, 1) * key_step;
+    work.parts = max((end - begin + part - 1) / part, 1);
+    work.begin = begin + split * part;
+    work.end = min(work.begin + part, end);
+    if (split >= work.parts) work.sequence = -1;
+    return work;
+}
+
+// The sums of several parts of the keys, for one row and four columns; out and stats: of part 0.
+struct Merged {
+    float4 out;
+    float top, sum;
+};
+__device__ inline Merged merge(const float* out, int64_t out_stride, const float* stats, int64_t stats_stride,
+                               int parts) {
+    Merged all{{0, 0, 0, 0}, -INFINITY, 0};
+    for (int i = 0; i < parts; ++i) all.top = fmaxf(all.top, stats[i * stats_stride]);
+    const float base = all.top == -INFINITY ? 0 : all.top;
+    for (int i = 0; i < parts; ++i) {
+        const float factor = exp2f(stats[i * stats_stride] - base);
+        const float4 v = *reinterpret_cast<const float4*>(out + i * out_stride);
+        all.sum += factor * stats[i * stats_stride + 1];
+        all.out.x += factor * v.x, all.out.y += factor * v.y, all.out.z += factor * v.z, all.out.w += factor * v.w;
+    }
+    return all;
+}
+
+// The row's four columns of the result; a row that saw no key is 0.
+template <class T>
+__device__ void store_row(const Problem<T>& p, const Work& work, int g, int row, int column, int V, float4 v,
+                          float sum) {
+    const int i = work.first + row;
+    T* out = p.out + ((work.token + i / p.R) * p.G * p.R + g * p.R + i % p.R) * V + column;
+    const float r = sum > 0 ? 1 / sum : 0;
+    *reinterpret_cast<uint2*>(out) = {pack<T>(v.x * r, v.y * r), pack<T>(v.z * r, v.w * r)};
+}
+
+// Rows of sums in shared memory are so far apart, for the sake of its banks.
+constexpr int padded(int V) { return V + 8; }
+
+// A block's sums, in shared memory as `parts` parts (what each warp found for the same rows): writes the result, or
+// this block's part of it to the workspace, where the last block to do so merges all. Whole blocks call it, after a
+// barrier.
+template <int V, class T>
+__device__ void write_rows(const Problem<T>& p, const Work& work, int tile, int tile_rows, int split, const float* out,
+                           const float* stats, int parts) {
+    const int g = blockIdx.y, unit = tile * p.G + g;
+    const int64_t part_rows = int64_t(unit) * p.splits * tile_rows;  // of the workspace, before this tile's
+    const auto each = [&](auto f) {                                  // f(row, column)
+        for (int i = threadIdx.x; i < work.rows * (V / 4); i += blockDim.x) f(i / (V / 4), i % (V / 4) * 4);
+    };
+    each([&](int row, int column) {
+        const Merged m =
+            merge(out + row * padded(V) + column, tile_rows * padded(V), stats + row * 2, tile_rows * 2, parts);
+        if (work.parts == 1) return store_row(p, work, g, row, column, V, m.out, m.sum);
+        const int64_t at = part_rows + split * tile_rows + row;
+        *reinterpret_cast<float4*>(p.part_out + at * V + column) = m.out;
+        if (column == 0) *reinterpret_cast<float2*>(p.part_stats + at * 2) = {m.top, m.sum};
+    });
+    if (work.parts == 1) return;
+
+    struct Last {
+        bool here;
+    };
+    auto& last = shared<Last>();
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last.here = atomicAdd(p.done + unit, 1u) == unsigned(work.parts) - 1;
+    __syncthreads();
+    if (!last.here) return;
+    __threadfence();
+    each([&](int row, int column) {
+        const int64_t at = part_rows + row;
+        const Merged m =
+            merge(p.part_out + at * V + column, tile_rows * V, p.part_stats + at * 2, tile_rows * 2, work.parts);
+        store_row(p, work, g, row, column, V, m.out, m.sum);
+    });
+}
+
+// A thread's rows to shared memory, as write_rows takes them.
+template <int V, int MI>
+__device__ void store_sums(const Softmax<MI, V>& softmax, float* out, float* stats, int row, int lane) {
+    for (int mi = 0; mi < MI; ++mi)
+        for (int h = 0; h < 2; ++h) {
+            const int r = row + mi * 16 + lane / 4 + h * 8;
+            for (int j = 0; j < V / 8; ++j)
+                *reinterpret_cast<float2*>(out + r * padded(V) + j * 8 + lane % 4 * 2) = {
+                    softmax.out[mi][j][h * 2], softmax.out[mi][j][h * 2 + 1]};
+            if (lane % 4 == 0) stats[r * 2] = softmax.top[mi][h], stats[r * 2 + 1] = softmax.sum[mi][h];
+        }
+}

@@ -1,0 +1,302 @@
+// attention_kernels.h - attention for 16-bit types, many queries (prefill, as in FlashAttention-2; Dao,
+// arXiv:2307.08691) and one query per sequence (decode, after Flash-Decoding), and plainly for float32.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/attention.h"
+#include "common/op.h"
+
+constexpr int attention_warps = 4, attention_threads = attention_warps * 32;
+
+// Queries of a tile, one tile of keys and one of values. Values arrive while the scores are computed, and the next keys
+// while the values are multiplied.
+template <class T, int K_, int V_>
+struct Prefill {
+    static constexpr int K = K_, V = V_;
+    static constexpr int MI = K <= 128 ? 2 : 1;  // blocks of 16 rows per warp, as many as registers hold
+    static constexpr int rows = attention_warps * MI * 16, keys = 64;
+    union Shared {
+        struct {
+            T q[rows * K], k[keys * K], v[keys * V];
+        } tiles;
+        struct {
+            float out[rows * padded(V)], stats[rows * 2];
+        } sums;
+    };
+};
+
+template <class P, class T, class Source>
+__global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p, const Source source) {
+    constexpr int K = P::K, V = P::V, MI = P::MI, keys = P::keys;
+    auto& s = *dynamic_shared<typename P::Shared>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int tile = gridDim.x - 1 - blockIdx.x;  // those with the most keys first
+    const Work work = find_work(p, source, tile, P::rows, blockIdx.z);
+    if (work.sequence < 0) return;
+    const auto head = source.head(work.sequence, blockIdx.y);
+
+    const T* q = p.q + work.token * p.q_token + int64_t(blockIdx.y) * p.R * p.q_head;
+    copy_rows<K, P::rows, attention_threads>(s.tiles.q, threadIdx.x, p.q, [&](int row) {
+        const int i = work.first + row;
+        return row < work.rows ? q + i / p.R * p.q_token + i % p.R * p.q_head : nullptr;
+    });
+    const auto copy_keys = [&](int first) {
+        copy_rows<K, keys, attention_threads>(s.tiles.k, threadIdx.x, p.q, [&](int row) {
+            return first + row < work.end ? head.key(first + row) : nullptr;
+        });
+        cp_async_commit();
+    };
+    const auto copy_values = [&](int first) {
+        copy_rows<V, keys, attention_threads>(s.tiles.v, threadIdx.x, p.q, [&](int row) {
+            return first + row < work.end ? head.value(first + row) : nullptr;
+        });
+        cp_async_commit();
+    };
+
+    int position[MI][2];  // of the thread's rows among the keys
+    for (int mi = 0; mi < MI; ++mi)
+        for (int h = 0; h < 2; ++h)
+            position[mi][h] = work.position + (work.first + (warp * MI + mi) * 16 + lane / 4 + h * 8) / p.R;
+    const int oldest = work.position + work.first / p.R;
+    const int newest = work.position + (work.first + work.rows - 1) / p.R;
+
+    Softmax<MI, V> softmax;
+    copy_keys(work.begin);
+    for (int first = work.begin; first < work.end; first += keys) {
+        cp_async_wait<0>();
+        __syncthreads();  // these keys are here, and the last values are no longer needed
+        copy_values(first);
+
+        float scores[MI][keys / 8][4] = {};
+        add_scores<T, K, MI, keys>(scores, s.tiles.k, 0, lane, [&](uint32_t (&a)[4], int mi, int step) {
+            load_a<K>(a, s.tiles.q, (warp * MI + mi) * 16, step, lane);
+        });
+        if (first + keys - 1 > oldest || first <= newest - p.window) {
+#pragma unroll
+            for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+                for (int j = 0; j < keys / 8; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int key = first + j * 8 + lane % 4 * 2 + e % 2, age = position[mi][e / 2] - key;
+                        if (age < 0 || age >= p.window) scores[mi][j][e] = -INFINITY;
+                    }
+        }
+        softmax.template weigh<keys>(scores, p.scale);
+
+        cp_async_wait<0>();
+        __syncthreads();  // the values are here, and the keys are no longer needed
+        copy_keys(first + keys);
+        softmax.template add_values<T, keys>(scores, s.tiles.v, 0, lane);
+    }
+    softmax.finish();
+    cp_async_wait<0>();
+    __syncthreads();
+    store_sums(softmax, s.sums.out, s.sums.stats, warp * MI * 16, lane);
+    __syncthreads();
+    write_rows<V>(p, work, tile, P::rows, blockIdx.z, s.sums.out, s.sums.stats, 1);
+}
+
+// One query per sequence: 16 rows, most of them empty. Each warp has every fourth stretch of 16 keys and copies them
+// for itself, several stretches ahead, so that warps never wait for each other before the end.
+template <class T, int K_, int V_>
+struct Decode {
+    static constexpr int K = K_, V = V_, rows = 16, keys = 16;
+    static constexpr int stages = K <= 128 ? 4 : 3;
+    struct Stage {
+        T k[keys * K], v[keys * V];
+    };
+    union Shared {
+        struct {
+            Stage stages[attention_warps][Decode::stages];
+            T q[rows * K];
+        } tiles;
+        struct {
+            float out[attention_warps * rows * padded(V)], stats[attention_warps * rows * 2];
+        } sums;
+    };
+};
+
+template <class P, class T, class Source>
+__global__ void __launch_bounds__(attention_threads) decode(const Problem<T> p, const Source source) {
+    constexpr int K = P::K, V = P::V, keys = P::keys;
+    auto& s = *dynamic_shared<typename P::Shared>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Work work = find_work(p, source, blockIdx.x, P::rows, blockIdx.z);
+    if (work.sequence < 0) return;
+    const auto head = source.head(work.sequence, blockIdx.y);
+
+    const T* q = p.q + work.token * p.q_token + (int64_t(blockIdx.y) * p.R + work.first) * p.q_head;
+    copy_rows<K, P::rows, attention_threads>(s.tiles.q, threadIdx.x, p.q,
+                                             [&](int row) { return row < work.rows ? q + row * p.q_head : nullptr; });
+    cp_async_commit();
+    const auto first_of = [&](int step) { return work.begin + (step * attention_warps + warp) * keys; };
+    const auto copy = [&](int step) {
+        auto& stage = s.tiles.stages[warp][step % P::stages];
+        const int first = first_of(step);
+        const auto in = [&](int row) { return first + row < work.end; };
+        if (first < work.end) {
+            copy_rows<K, keys, 32>(stage.k, lane, p.q,
+                                   [&](int row) { return in(row) ? head.key(first + row) : nullptr; });
+            copy_rows<V, keys, 32>(stage.v, lane, p.q,
+                                   [&](int row) { return in(row) ? head.value(first + row) : nullptr; });
+        }
+        cp_async_commit();
+    };
+    for (int step = 0; step < P::stages - 1; ++step) copy(step);
+    cp_async_wait<P::stages - 1>();
+    __syncthreads();  // the queries are here
+    uint32_t queries[K / 16][4];
+    for (int step = 0; step < K / 16; ++step) load_a<K>(queries[step], s.tiles.q, 0, step, lane);
+
+    const int last = work.position, oldest = last - p.window + 1;  // keys that the query sees
+    Softmax<1, V> softmax;
+    for (int step = 0; first_of(step) < work.end; ++step) {
+        cp_async_wait<P::stages - 2>();
+        __syncwarp();  // these keys are here, and the stage before is no longer needed
+        copy(step + P::stages - 1);
+        auto& stage = s.tiles.stages[warp][step % P::stages];
+        float scores[1][keys / 8][4] = {};
+        add_scores<T, K, 1, keys>(scores, stage.k, 0, lane, [&](uint32_t (&a)[4], int, int i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) a[e] = queries[i][e];
+        });
+#pragma unroll
+        for (int j = 0; j < keys / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int key = first_of(step) + j * 8 + lane % 4 * 2 + e % 2;
+                if (key > last || key < oldest) scores[0][j][e] = -INFINITY;
+            }
+        softmax.template weigh<keys>(scores, p.scale);
+        softmax.template add_values<T, keys>(scores, stage.v, 0, lane);
+    }
+    softmax.finish();
+    cp_async_wait<0>();
+    __syncthreads();
+    store_sums(softmax, s.sums.out, s.sums.stats, warp * P::rows, lane);
+    __syncthreads();
+    write_rows<V>(p, work, blockIdx.x, P::rows, blockIdx.z, s.sums.out, s.sums.stats, attention_warps);
+}
+
+// float32, one warp for each row: every lane has a key for the scores, and every 32nd column of the values.
+constexpr int plain_columns = 256;
+template <class Source>
+__global__ void __launch_bounds__(32) plain(const Problem<float> p, const Source source, int K, int V) {
+    struct Row {
+        float q[plain_columns], weights[32];
+    };
+    auto& s = shared<Row>();
+    const int lane = threadIdx.x;
+    const Work work = find_work(p, source, blockIdx.x, 1, 0);
+    if (work.sequence < 0) return;
+    const auto head = source.head(work.sequence, blockIdx.y);
+    const int token = work.first / p.R, h = work.first % p.R, position = work.position + token;
+    const float* q = p.q + (work.token + token) * p.q_token + (int64_t(blockIdx.y) * p.R + h) * p.q_head;
+    for (int i = lane; i < K; i += 32) s.q[i] = q[i];
+
+    float out[plain_columns / 32] = {}, top = -INFINITY, sum = 0;
+    for (int first = work.begin; first < work.end; first += 32) {
+        __syncwarp();
+        const int key = first + lane;
+        float score = -INFINITY;
+        if (key <= position && key > position - p.window) {
+            const float* k = head.key(key);
+            score = 0;
+            for (int i = 0; i < K; ++i) score += s.q[i] * k[i];
+            score *= p.scale;
+        }
+        float best = score;
+        for (int d = 16; d > 0; d /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, d));
+        best = fmaxf(best, top);
+        const float base = best == -INFINITY ? 0 : best, shrink = exp2f(top - base), weight = exp2f(score - base);
+        top = best;
+        sum = sum * shrink + weight;
+        s.weights[lane] = weight;
+        __syncwarp();
+        for (float& o : out) o *= shrink;
+        for (int j = 0; j < min(32, work.end - first); ++j) {
+            const float* v = head.value(first + j);
+#pragma unroll
+            for (int i = 0; i < plain_columns / 32; ++i)
+                if (i * 32 + lane < V) out[i] += s.weights[j] * v[i * 32 + lane];
+        }
+    }
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    float* y = p.out + ((work.token + token) * p.G * p.R + blockIdx.y * p.R + h) * V;
+#pragma unroll
+    for (int i = 0; i < plain_columns / 32; ++i)
+        if (i * 32 + lane < V) y[i * 32 + lane] = sum > 0 ? out[i] / sum : 0;
+}
+
+// Into how many parts to split the keys: enough for two blocks on every multiprocessor, no part smaller than a step.
+inline int choose_splits(int64_t blocks, int64_t max_keys) {
+    const int64_t wanted = 2 * multiprocessors() / blocks, steps = (max_keys + key_step - 1) / key_step;
+    return int(std::clamp<int64_t>(std::min(wanted, steps), 1, max_splits));
+}
+
+// Launches `kernel` for `tiles` tiles of P::rows rows, with a workspace where keys are split.
+template <class P, class T, class Source>
+void launch_tiles(void (*kernel)(Problem<T>, Source), Problem<T> p, const Source& source, const Tensor& like,
+                  int64_t tiles, int64_t max_keys, cudaStream_t stream) {
+    p.splits = choose_splits(tiles * p.G, max_keys);
+    std::optional<Tensor> sums, done;
+    if (p.splits > 1) {
+        const int64_t rows = tiles * p.G * p.splits * P::rows;
+        sums = torch::stable::new_empty(like, {rows * (P::V + 2)}, ScalarType::Float);
+        done = torch::stable::new_zeros(like, {tiles * p.G}, ScalarType::Int);
+        p.part_out = static_cast<float*>(sums->mutable_data_ptr());
+        p.part_stats = p.part_out + rows * P::V;
+        p.done = static_cast<unsigned*>(done->mutable_data_ptr());
+    }
+    const dim3 grid(unsigned(tiles), unsigned(p.G), unsigned(p.splits));
+    launch(kernel, {grid, dim3(attention_threads), sizeof(typename P::Shared), stream}, p, source);
+}
+
+// At least as many tiles as sequences of `queries` in all need, whatever their lengths.
+inline int64_t count_tiles(int64_t queries, int R, int B, int rows) { return (queries * R + rows - 1) / rows + B - 1; }
+
+template <class T, int K, int V, class Source>
+void run_prefill(const Problem<T>& p, const Source& source, const Tensor& q, int64_t max_keys, cudaStream_t stream) {
+    using P = Prefill<T, K, V>;
+    launch_tiles<P>(prefill<P, T, Source>, p, source, q, count_tiles(q.size(0), p.R, p.B, P::rows), max_keys, stream);
+}
+
+template <class T, int K, int V, class Source>
+void run_decode(const Problem<T>& p, const Source& source, const Tensor& q, int64_t max_keys, cudaStream_t stream) {
+    using P = Decode<T, K, V>;
+    launch_tiles<P>(decode<P, T, Source>, p, source, q, int64_t(p.B) * ((p.R + P::rows - 1) / P::rows), max_keys,
+                    stream);
+}
+
+template <class Source>
+void run_plain(const Problem<float>& p, const Source& source, const Tensor& q, int K, int V, cudaStream_t stream) {
+    const dim3 grid(unsigned(q.size(0) * p.R), unsigned(p.G));
+    launch(plain<Source>, {grid, dim3(32), 0, stream}, p, source, K, V);
+}
+
+// What both ops check of their options; the problem, but for its result.
+template <class T>
+Problem<T> make_problem(const Arguments& arguments, const Tensor& q, const Tensor& cu_seqlens_q, int64_t G,
+                        std::optional<double> scale, std::optional<int64_t> window) {
+    const int64_t H = arguments["H"], K = arguments["K"];
+    const double factor = scale.value_or(1 / std::sqrt(double(K)));
+    if (factor <= 0) arguments.fail("scale is ", factor, ", but must be positive");
+    Problem<T> p{};
+    p.q = static_cast<const T*>(q.const_data_ptr());
+    p.q_token = q.stride(0), p.q_head = q.stride(1);
+    p.cu_seqlens_q = arguments.data<int>("cu_seqlens_q", cu_seqlens_q);
+    p.B = int(arguments["B"]), p.G = int(G), p.R = int(H / G);
+    p.window = int(std::min<int64_t>(window.value_or(INT_MAX / 2), INT_MAX / 2));
+    p.scale = float(factor * 1.4426950408889634);  // exponents are of 2
+    p.splits = 1;
+    return p;
+}
+
+inline void check_heads(const Arguments& arguments, std::optional<int64_t> window) {
+    const int64_t H = arguments["H"], G = arguments["G"];
+    if (G == 0 || H % G != 0) arguments.fail("q has H = ", H, " heads, but must have a multiple of the keys' G = ", G);
+    if (window && *window < 1) arguments.fail("window is ", *window, ", but must be at least 1 (or None)");
+}
