@@ -24,8 +24,8 @@ void with_head_size(const Arguments& arguments, int64_t K, int64_t V, F f) {
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                 const Tensor& cu_seqlens_k, int64_t /*max_seqlen_q*/, int64_t max_seqlen_k, std::optional<double> scale,
-                 std::optional<int64_t> window) {
+                 const Tensor& cu_seqlens_k, int64_t /*max_seqlen_q*/, int64_t max_seqlen_k,
+                 std::optional<double> scale, std::optional<int64_t> window) {
     Arguments arguments("attention");
     arguments.tensor("q", q, {"T", "H", "K"});
     arguments.tensor("k", k, {"keys", "G", "K"});

@@ -51,9 +51,11 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
                               arguments.data<int>("block_table", block_table),
                               arguments.data<int>("seq_lens", seq_lens),
                               int(max_pages),
-                              int(G),
                               int(K),
-                              page_bits};
+                              page_bits,
+                              S * K,
+                              G * S * K,
+                              2 * G * S * K};
         if constexpr (std::is_same_v<T, float>) {
             if (K > plain_columns) arguments.fail("K, the head size, is ", K, ", but must be at most ", plain_columns);
             run_plain(p, source, q, int(K), int(K), device.stream);

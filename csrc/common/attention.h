@@ -34,15 +34,15 @@ struct Contiguous {
     const int* cu_seqlens_k;
 
     struct Head {
+        const Contiguous& all;  // a kernel's argument, which takes no registers
         const T *k, *v;
-        int64_t k_token, v_token;
-        __device__ const T* key(int i) const { return k + i * k_token; }
-        __device__ const T* value(int i) const { return v + i * v_token; }
+        __device__ const T* key(int i) const { return k + i * all.k_token; }
+        __device__ const T* value(int i) const { return v + i * all.v_token; }
     };
     __device__ int length(int b) const { return cu_seqlens_k[b + 1] - cu_seqlens_k[b]; }
     __device__ Head head(int b, int g) const {
         const int64_t first = cu_seqlens_k[b];
-        return {k + first * k_token + g * k_head, v + first * v_token + g * v_head, k_token, v_token};
+        return {*this, k + first * k_token + g * k_head, v + first * v_token + g * v_head};
     }
 };
 
@@ -50,23 +50,22 @@ struct Contiguous {
 template <class T>
 struct Paged {
     const T* cache;
-    const int *block_table, *seq_lens;  // [B, max_pages], [B]
-    int max_pages, G, K, page_bits;     // S = 1 << page_bits
+    const int *block_table, *seq_lens;               // [B, max_pages], [B]
+    int max_pages, K, page_bits;                     // S = 1 << page_bits
+    int64_t head_stride, value_offset, page_stride;  // S K, G S K, 2 G S K
 
     struct Head {
+        const Paged& all;  // a kernel's argument, which takes no registers
         const T* cache;
         const int* pages;
-        int64_t page_stride, value_offset;
-        int K, page_bits;
         __device__ const T* key(int i) const {
-            return cache + pages[i >> page_bits] * page_stride + (i & ((1 << page_bits) - 1)) * K;
+            return cache + pages[i >> all.page_bits] * all.page_stride + (i & ((1 << all.page_bits) - 1)) * all.K;
         }
-        __device__ const T* value(int i) const { return key(i) + value_offset; }
+        __device__ const T* value(int i) const { return key(i) + all.value_offset; }
     };
     __device__ int length(int b) const { return seq_lens[b]; }
     __device__ Head head(int b, int g) const {
-        const int64_t one = int64_t(K) << page_bits;  // one head's keys of a page
-        return {cache + g * one, block_table + int64_t(b) * max_pages, 2 * G * one, G * one, K, page_bits};
+        return {*this, cache + g * head_stride, block_table + int64_t(b) * max_pages};
     }
 };
 
@@ -152,7 +151,8 @@ __device__ void store_row(const Problem<T>& p, const Work& work, int g, int row,
 }
 
 // Rows of sums in shared memory are so far apart, for the sake of its banks.
-constexpr int padded(int V) { return V + 8; }
+template <int V>
+constexpr int padded = V + 8;
 
 // A block's sums, in shared memory as `parts` parts (what each warp found for the same rows): writes the result, or
 // this block's part of it to the workspace, where the last block to do so merges all. Whole blocks call it, after a
@@ -167,7 +167,7 @@ __device__ void write_rows(const Problem<T>& p, const Work& work, int tile, int 
     };
     each([&](int row, int column) {
         const Merged m =
-            merge(out + row * padded(V) + column, tile_rows * padded(V), stats + row * 2, tile_rows * 2, parts);
+            merge(out + row * padded<V> + column, tile_rows * padded<V>, stats + row * 2, tile_rows * 2, parts);
         if (work.parts == 1) return store_row(p, work, g, row, column, V, m.out, m.sum);
         const int64_t at = part_rows + split * tile_rows + row;
         *reinterpret_cast<float4*>(p.part_out + at * V + column) = m.out;
@@ -200,7 +200,7 @@ __device__ void store_sums(const Softmax<MI, V>& softmax, float* out, float* sta
         for (int h = 0; h < 2; ++h) {
             const int r = row + mi * 16 + lane / 4 + h * 8;
             for (int j = 0; j < V / 8; ++j)
-                *reinterpret_cast<float2*>(out + r * padded(V) + j * 8 + lane % 4 * 2) = {
+                *reinterpret_cast<float2*>(out + r * padded<V> + j * 8 + lane % 4 * 2) = {
                     softmax.out[mi][j][h * 2], softmax.out[mi][j][h * 2 + 1]};
             if (lane % 4 == 0) stats[r * 2] = softmax.top[mi][h], stats[r * 2 + 1] = softmax.sum[mi][h];
         }

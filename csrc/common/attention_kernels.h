@@ -22,7 +22,7 @@ struct Prefill {
             T q[rows * K], k[keys * K], v[keys * V];
         } tiles;
         struct {
-            float out[rows * padded(V)], stats[rows * 2];
+            float out[rows * padded<V>], stats[rows * 2];
         } sums;
     };
 };
@@ -31,7 +31,8 @@ template <class P, class T, class Source>
 __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p, const Source source) {
     constexpr int K = P::K, V = P::V, MI = P::MI, keys = P::keys;
     auto& s = *dynamic_shared<typename P::Shared>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32;
     const int tile = gridDim.x - 1 - blockIdx.x;  // those with the most keys first
     const Work work = find_work(p, source, tile, P::rows, blockIdx.z);
     if (work.sequence < 0) return;
@@ -55,10 +56,6 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
         cp_async_commit();
     };
 
-    int position[MI][2];  // of the thread's rows among the keys
-    for (int mi = 0; mi < MI; ++mi)
-        for (int h = 0; h < 2; ++h)
-            position[mi][h] = work.position + (work.first + (warp * MI + mi) * 16 + lane / 4 + h * 8) / p.R;
     const int oldest = work.position + work.first / p.R;
     const int newest = work.position + (work.first + work.rows - 1) / p.R;
 
@@ -68,6 +65,7 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
         cp_async_wait<0>();
         __syncthreads();  // these keys are here, and the last values are no longer needed
         copy_values(first);
+        forget(lane);  // or the compiler keeps addresses from round to round, for which there are no registers
 
         float scores[MI][keys / 8][4] = {};
         add_scores<T, K, MI, keys>(scores, s.tiles.k, 0, lane, [&](uint32_t (&a)[4], int mi, int step) {
@@ -77,19 +75,23 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
 #pragma unroll
             for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
-                for (int j = 0; j < keys / 8; ++j)
+                for (int h = 0; h < 2; ++h) {
+                    const int row = work.first + (warp * MI + mi) * 16 + lane / 4 + h * 8;
+                    const int last = work.position + row / p.R - first - lane % 4 * 2;  // key that it sees, from here
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const int key = first + j * 8 + lane % 4 * 2 + e % 2, age = position[mi][e / 2] - key;
-                        if (age < 0 || age >= p.window) scores[mi][j][e] = -INFINITY;
-                    }
+                    for (int j = 0; j < keys / 8; ++j)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e)
+                            if (j * 8 + e > last || j * 8 + e <= last - p.window) scores[mi][j][h * 2 + e] = -INFINITY;
+                }
         }
-        softmax.template weigh<keys>(scores, p.scale);
+        uint32_t weights[MI][keys / 16][4];
+        softmax.template weigh<T, keys>(weights, scores, p.scale);
 
         cp_async_wait<0>();
         __syncthreads();  // the values are here, and the keys are no longer needed
         copy_keys(first + keys);
-        softmax.template add_values<T, keys>(scores, s.tiles.v, 0, lane);
+        softmax.template add_values<keys>(weights, s.tiles.v, 0, lane);
     }
     softmax.finish();
     cp_async_wait<0>();
@@ -104,7 +106,8 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
 template <class T, int K_, int V_>
 struct Decode {
     static constexpr int K = K_, V = V_, rows = 16, keys = 16;
-    static constexpr int stages = K <= 128 ? 4 : 3;
+    static constexpr int stages = K <= 64 ? 4 : 3;  // so that two blocks fit a multiprocessor, up to K = 128
+    static constexpr bool keep_queries = K <= 128;  // in registers
     struct Stage {
         T k[keys * K], v[keys * V];
     };
@@ -114,13 +117,13 @@ struct Decode {
             T q[rows * K];
         } tiles;
         struct {
-            float out[attention_warps * rows * padded(V)], stats[attention_warps * rows * 2];
+            float out[attention_warps * rows * padded<V>], stats[attention_warps * rows * 2];
         } sums;
     };
 };
 
 template <class P, class T, class Source>
-__global__ void __launch_bounds__(attention_threads) decode(const Problem<T> p, const Source source) {
+__global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> p, const Source source) {
     constexpr int K = P::K, V = P::V, keys = P::keys;
     auto& s = *dynamic_shared<typename P::Shared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -149,7 +152,8 @@ __global__ void __launch_bounds__(attention_threads) decode(const Problem<T> p, 
     cp_async_wait<P::stages - 1>();
     __syncthreads();  // the queries are here
     uint32_t queries[K / 16][4];
-    for (int step = 0; step < K / 16; ++step) load_a<K>(queries[step], s.tiles.q, 0, step, lane);
+    if constexpr (P::keep_queries)
+        for (int step = 0; step < K / 16; ++step) load_a<K>(queries[step], s.tiles.q, 0, step, lane);
 
     const int last = work.position, oldest = last - p.window + 1;  // keys that the query sees
     Softmax<1, V> softmax;
@@ -170,8 +174,9 @@ __global__ void __launch_bounds__(attention_threads) decode(const Problem<T> p, 
                 const int key = first_of(step) + j * 8 + lane % 4 * 2 + e % 2;
                 if (key > last || key < oldest) scores[0][j][e] = -INFINITY;
             }
-        softmax.template weigh<keys>(scores, p.scale);
-        softmax.template add_values<T, keys>(scores, stage.v, 0, lane);
+        uint32_t weights[1][keys / 16][4];
+        softmax.template weigh<T, keys>(weights, scores, p.scale);
+        softmax.template add_values<keys>(weights, stage.v, 0, lane);
     }
     softmax.finish();
     cp_async_wait<0>();

@@ -62,6 +62,9 @@ __device__ inline uint4 load_once(const void* p) {
 }
 __device__ inline void prefetch_l2(const void* p) { PTX(("prefetch.global.L2 [%0];" ::"l"(p)), (void)p); }
 
+// Hides from the compiler what it knows of x: what follows from x is computed again, not kept in registers.
+__device__ inline void forget(int& x) { PTX(("" : "+r"(x)), (void)x); }
+
 // ---- ldmatrix --------------------------------------------------------------------------------
 
 #ifndef __CUDACC__

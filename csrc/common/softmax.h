@@ -38,7 +38,7 @@ __device__ inline uint32_t pack(float low, float high) {
 template <int columns, int count, int threads, class T, class F>
 __device__ inline void copy_rows(T* tile, int thread, const T* any, F of) {
     constexpr int chunks = columns / 8;
-#pragma unroll
+#pragma unroll 4
     for (int i = thread; i < count * chunks; i += threads) {
         const T* row = of(i / chunks);
         cp_async16(chunk_at<columns>(tile, i / chunks, i % chunks), row ? row + i % chunks * 8 : any, row ? 16 : 0);
@@ -84,9 +84,9 @@ struct Softmax {
             for (int h = 0; h < 2; ++h) top[mi][h] = -INFINITY, sum[mi][h] = 0;
     }
 
-    // Turns scores into weights, and what there was to the new largest score.
-    template <int N>
-    __device__ void weigh(float (&s)[MI][N / 8][4], float scale) {
+    // Turns scores into weights, as mma.sync's first operands, and what there was to the new largest score.
+    template <class T, int N>
+    __device__ void weigh(uint32_t (&weights)[MI][N / 16][4], float (&s)[MI][N / 8][4], float scale) {
 #pragma unroll
         for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
@@ -100,40 +100,34 @@ struct Softmax {
                 const float base = best == -INFINITY ? 0 : best;  // a row that sees no key yet
                 const float shrink = exp2f(top[mi][h] - base);
                 top[mi][h] = best;
-                float total = 0;
+                sum[mi][h] *= shrink;
 #pragma unroll
-                for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-                    for (int e = h * 2; e < h * 2 + 2; ++e)
-                        total += s[mi][j][e] = exp2f(fmaf(s[mi][j][e], scale, -base));
-                sum[mi][h] = sum[mi][h] * shrink + total;
+                for (int j = 0; j < N / 8; ++j) {
+                    const float low = exp2f(fmaf(s[mi][j][h * 2], scale, -base));
+                    const float high = exp2f(fmaf(s[mi][j][h * 2 + 1], scale, -base));
+                    sum[mi][h] += low + high;
+                    weights[mi][j / 2][j % 2 * 2 + h] = pack<T>(low, high);
+                }
 #pragma unroll
                 for (int j = 0; j < V / 8; ++j) out[mi][j][h * 2] *= shrink, out[mi][j][h * 2 + 1] *= shrink;
             }
     }
 
     // out += weights * values, N of them from `row` of the tile on.
-    template <class T, int N>
-    __device__ void add_values(const float (&s)[MI][N / 8][4], T* values, int row, int lane) {
+    template <int N, class T>
+    __device__ void add_values(const uint32_t (&weights)[MI][N / 16][4], T* values, int row, int lane) {
 #pragma unroll
-        for (int step = 0; step < N / 16; ++step) {
-            uint32_t a[MI][4];
-#pragma unroll
-            for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    a[mi][i] = pack<T>(s[mi][step * 2 + i / 2][i % 2 * 2], s[mi][step * 2 + i / 2][i % 2 * 2 + 1]);
+        for (int step = 0; step < N / 16; ++step)
 #pragma unroll
             for (int j = 0; j < V / 8; j += 2) {
                 uint32_t b[4];
                 ldmatrix_x4_trans(b, chunk_at<V>(values, row + step * 16 + lane % 16, j + lane / 16));
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {
-                    mma<T>(out[mi][j], a[mi], {b[0], b[1]});
-                    mma<T>(out[mi][j + 1], a[mi], {b[2], b[3]});
+                    mma<T>(out[mi][j], weights[mi][step], {b[0], b[1]});
+                    mma<T>(out[mi][j + 1], weights[mi][step], {b[2], b[3]});
                 }
             }
-        }
     }
 
     // Adds up the columns of the four threads that share a row.
