@@ -10,15 +10,15 @@ import torch
 import typer
 
 from benchmarks import limits
-from benchmarks.bench import Bench, benches, measure, merged, missing_peers
-from benchmarks.results import Results, read
+from benchmarks.bench import Bench, benches, measure, merged, missing_peers, short
+from benchmarks.results import Results, origin, read
 from benchmarks.shapes import SCOPES
-from benchmarks.timing import sets_past_cache
+from benchmarks.timing import reason, sets_past_cache
 from pyllama.ops import implementation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COLUMNS = {  # of the printed table: width and what a row has there
-    "model": (24, lambda row: _short(row["model"], 24)),
+    "model": (24, lambda row: short(row["model"])[:24]),
     "case": (34, lambda row: row["case"]),
     "us": (-10, lambda row: f"{row['us']:.2f}"),
     "rate": (-15, lambda row: f"{row['rate']:g} {row['unit']}"),
@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Measure ops on this machine's GPU; without one, their eager bodies on the CPU."""
     if rows is not None:
-        found, title = read(rows), f"rows of {rows.name}"
+        found, title = read(rows), origin(rows)
     else:
         results = Results(json)
         complete = run(results, op, quick, dtype, seconds)
@@ -51,7 +51,7 @@ def main(
         draw(found, title, plot)
         print(f"drawn: {plot}")
     if rows is None and not complete:
-        raise SystemExit("benchmarks: not all cases could be measured, see above")
+        raise SystemExit("benchmarks: some cases failed, see above")
 
 
 def run(results: Results, op: list[str] | None, quick: bool, dtype: str | None, seconds: float) -> bool:
@@ -73,24 +73,34 @@ def run(results: Results, op: list[str] | None, quick: bool, dtype: str | None, 
             "say nothing of the CUDA kernels, and only ratios within this run mean anything."
         )
     add_limits(results, chosen_dtype, device, quick)
-    complete = True
+    count = measured = left = 0
     for name in [name.rstrip("_") for name in op or known]:
         bench = known[name]
         header(bench, device)
         cases = list(merged(bench.cases(scope)))
-        for number, case in enumerate(cases):
+        count += len(cases)
+        if device == "cuda" and implementation(bench.op, device) != "cuda":
+            print("this build has no kernel for it")
+            continue
+        for case in cases:
             if time.monotonic() > deadline:
-                print(f"{len(cases) - number} cases left out: {seconds:.0f} s are over", flush=True)
-                break
-            with torch.no_grad():
-                row = measure(bench, case, chosen_dtype, device, results)
-            complete = complete and row is not None
-            print(line({n: get(row) for n, (_, get) in COLUMNS.items()}) if row else f"{case}: failed", flush=True)
-            if device == "cuda":
-                torch.cuda.empty_cache()
+                left += 1
+                continue
+            try:
+                with torch.no_grad():
+                    row = measure(bench, case, chosen_dtype, device, results)
+            except Exception as error:  # too little memory, say; the other cases are still to be measured
+                print(f"{case.model}, {case.what}: {reason(error)}", flush=True)
+                continue
+            finally:
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            measured += 1
+            print(line({name: get(row) for name, (_, get) in COLUMNS.items()}), flush=True)
     if results.path:
         print(f"\nappended to {results.path}")
-    return complete
+    print(f"{measured} of {count} cases measured" + f", {left} left out when {seconds:.0f} s were over" * bool(left))
+    return measured + left == count
 
 
 def add_limits(results: Results, dtype: torch.dtype, device: str, quick: bool) -> None:
@@ -118,12 +128,6 @@ def line(cells: dict[str, str]) -> str:
     return "  ".join(
         cell.ljust(width) if (width := COLUMNS[name][0]) > 0 else cell.rjust(-width) for name, cell in cells.items()
     ).rstrip()
-
-
-def _short(models: str, width: int) -> str:
-    """The first of several models, and how many more."""
-    first, *more = models.split(", ")
-    return f"{first} +{len(more)}" if more else first[:width]
 
 
 def _times(ratio: Any) -> str:

@@ -19,8 +19,9 @@ from torch import Tensor
 from benchmarks import limits, ops
 from benchmarks.results import Results
 from benchmarks.shapes import Scope
-from benchmarks.timing import Contender, seconds_per_call, sets_past_cache
+from benchmarks.timing import Contender, reason, say, seconds_per_call, sets_past_cache
 from pyllama.ops import implementation
+from pyllama.ops.registry import OPS
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest expected value
 
@@ -49,12 +50,21 @@ class Peer:
     """Another library's kernel.
 
     path: "module:attribute". call: (what is there, *inputs) -> result. prepare: for kernels that plan ahead: (what is
-    there, *inputs) -> what `call` gets in its place; the time of it does not count.
+    there, *inputs) -> what `call` gets in its place, or None where the kernel is not for such inputs; its time does
+    not count.
     """
 
     path: str
     call: Callable[..., Any]
     prepare: Callable[..., Any] | None = None
+
+    def find(self) -> Any:
+        """What is at the path. Raises ImportError where it is not installed, or cannot be imported here."""
+        module, _, attribute = self.path.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except Exception as error:  # such as a library that looks for a GPU when it is imported
+            raise ImportError(self.path) from error
 
 
 @dataclass(frozen=True)
@@ -63,10 +73,10 @@ class Bench:
 
     cases: the rows of a scope; equal sizes become one row. inputs: (dtype, **sizes) -> one set of inputs, on torch's
     default device. work: (dtype, **sizes). pyllama: calls the op and gives its result, or what it wrote in place.
-    formula: the same in plain torch, which `torch.compile` gets, and the reference where there is no other; it must
-    not write into its inputs. torch: the best that eager torch has; None: the formula. peers: by name, a `Peer` or a
-    function of torch's own. reference: what the result must be close to, given inputs in float64; it may be the last
-    rows only. checked: False where results may rightly differ (samples).
+    formula: the same in plain torch, which `torch.compile` gets; it must not write into its inputs. torch: the best
+    that eager torch has; None: the formula. peers: by name, a `Peer` or a function of torch's own. reference: what the
+    result must be close to, in float64; it may be the last rows only; None: the formula on inputs in float64.
+    checked: False where results may rightly differ (samples).
     """
 
     op: str
@@ -97,8 +107,8 @@ def merged(cases: Iterable[Case]) -> Iterator[Case]:
         yield group[0]._replace(model=models)
 
 
-def measure(bench: Bench, case: Case, dtype: torch.dtype, device: str, results: Results) -> dict[str, Any] | None:
-    """Times all contenders on one case and adds the row to the results. None where pyllama's op failed."""
+def measure(bench: Bench, case: Case, dtype: torch.dtype, device: str, results: Results) -> dict[str, Any]:
+    """Times all contenders on one case, adds the row to the results and gives it. Raises where pyllama's op fails."""
     torch.manual_seed(0)
     work = bench.work(dtype, **case.sizes)
     with torch.device(device):
@@ -106,18 +116,14 @@ def measure(bench: Bench, case: Case, dtype: torch.dtype, device: str, results: 
         sets = sets_past_cache(sum(t.nbytes for t in _tensors(first)), device)
         inputs = [first, *(bench.inputs(dtype, **case.sizes) for _ in range(sets - 1))]
 
-    functions = {}
-    for name, function in _functions(bench, first):
-        if not bench.checked or _agrees(bench, name, function, first, dtype):
-            functions[name] = function
     contenders: dict[str, Contender] = {
-        name: lambda i, function=function: function(*inputs[i]) for name, function in functions.items()
+        name: lambda i, function=function: function(*inputs[i]) for name, function in _agreeing(bench, first, dtype)
     }
     limit = limit_of(work, sets, dtype, device)
     contenders |= {f"limit {i}": way for i, way in enumerate(limit.ways)}
     seconds = seconds_per_call(contenders, sets, device)
     if "pyllama" not in seconds:
-        return None
+        raise RuntimeError("pyllama's op failed")
     row = row_of(bench.op, case, work, limit.amount, seconds)
     results.add(**row, dtype=_name(dtype), implementation=implementation(bench.op, device))
     return results.rows[-1]
@@ -159,52 +165,66 @@ def row_of(op: str, case: Case, work: Work, limit_amount: int, seconds: Mapping[
         "peer": peer,
         "x_peer": times(peer),
         "limit_rate": _digits(limit / scale),
-        "moved": work.moved,
-        "flops": work.flops,
+        "work": {"moved": work.moved, "flops": work.flops},
         "sizes": dict(case.sizes),
         "contenders_us": {name: round(time * 1e6, 2) for name, time in others.items()},
     }
 
 
-def _functions(bench: Bench, inputs: tuple[Any, ...]) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The contenders by name, with those peers that are installed."""
-    torch._dynamo.reset()
-    yield "pyllama", bench.pyllama
-    yield "torch", bench.torch or bench.formula
-    yield "compile", torch.compile(bench.formula, dynamic=False)
-    for name, peer in bench.peers.items():
-        if not isinstance(peer, Peer):
-            yield name, peer
-            continue
-        module, _, attribute = peer.path.partition(":")
+def _agreeing(bench: Bench, inputs: tuple[Any, ...], dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The contenders by name, with those peers that are installed, whose results are the reference's.
+
+    Of the others a line says why they are left out, which may be another library's fault or too little memory.
+    """
+    if bench.checked:
+        reference = bench.reference or (lambda *args: bench.formula(*_copied(args, torch.float64)))
+        expected = _tensors(reference(*inputs))
+    for name, find in _contenders(bench, inputs).items():
         try:
-            found = getattr(import_module(module), attribute)
-            found = peer.prepare(found, *inputs) if peer.prepare else found
-        except ImportError:  # not installed, which the run has said
+            if (function := find()) is None:
+                continue
+            if bench.checked:
+                result = function(*(_copied(inputs) if OPS[bench.op].mutates else inputs))
+                if not (off := _error(_tensors(result), expected)) <= TOLERANCE[dtype]:
+                    raise ValueError(f"its result is off by {off:.1e} of the largest value")
+        except Exception as error:
+            say(f"{name}: {reason(error)}")
             continue
-        except Exception as error:  # another library's
-            print(f"{name}: {type(error).__name__}: {error}", flush=True)
-            continue
-        yield name, lambda *args, found=found, call=peer.call: call(found, *args)
+        yield name, function
 
 
-def _agrees(bench: Bench, name: str, function: Callable[..., Any], inputs: tuple[Any, ...], dtype: torch.dtype) -> bool:
-    """Whether the result is close to the reference; says so if not, or if there is none."""
-    reference = bench.reference or bench.formula
-    try:
-        result = _tensors(function(*_copied(inputs)))
-        expected = _tensors(reference(*_copied(inputs, torch.float64)))
-        error = 0.0
-        for got, wanted in zip(result, expected, strict=True):
-            off = (got[-len(wanted) :].double() - wanted).abs().max() / wanted.abs().max()
-            error = max(error, off.item())
-    except Exception as error_:  # another library's, or out of memory
-        print(f"{name}: {type(error_).__name__}: {str(error_).splitlines()[0] if str(error_) else ''}", flush=True)
-        return False
-    if not error <= TOLERANCE[dtype]:
-        print(f"{name}: its result is off by {error:.1e} of the largest value, so it is left out", flush=True)
-        return False
-    return True
+def _contenders(bench: Bench, inputs: tuple[Any, ...]) -> dict[str, Callable[[], Callable[..., Any] | None]]:
+    """By name, functions that find the function to be measured, or None."""
+
+    def installed(peer: Peer) -> Callable[..., Any] | None:
+        try:
+            found = peer.find()
+        except ImportError:  # which the run has said
+            return None
+        if peer.prepare:
+            found = peer.prepare(found, *inputs)
+        return None if found is None else lambda *args: peer.call(found, *args)
+
+    torch._dynamo.reset()
+    return {
+        "pyllama": lambda: bench.pyllama,
+        "torch": lambda: bench.torch or bench.formula,
+        "compile": lambda: torch.compile(bench.formula, dynamic=False),
+    } | {
+        name: lambda peer=peer: installed(peer) if isinstance(peer, Peer) else peer
+        for name, peer in bench.peers.items()
+    }
+
+
+def _error(result: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, as a share of the largest expected value; of the last rows where only they are."""
+    errors = []
+    for got, wanted in zip(result, expected, strict=True):
+        last = got[-len(wanted) :].double()
+        if last.shape != wanted.shape:
+            raise ValueError(f"its result has shape {list(got.shape)}, but {list(wanted.shape)} is expected at its end")
+        errors.append(((last - wanted).abs().max() / wanted.abs().max()).item())
+    return max(errors)
 
 
 def missing_peers(bench: Bench) -> list[str]:
@@ -213,10 +233,16 @@ def missing_peers(bench: Bench) -> list[str]:
     for name, peer in bench.peers.items():
         if isinstance(peer, Peer):
             try:
-                import_module(peer.path.partition(":")[0])
-            except Exception:  # a library that cannot be imported here
+                peer.find()
+            except ImportError:
                 missing.append(name)
     return missing
+
+
+def short(models: str) -> str:
+    """The first of several models, and how many more."""
+    first, *more = models.split(", ")
+    return f"{first} +{len(more)}" if more else first
 
 
 def _copied(inputs: tuple[Any, ...], dtype: torch.dtype | None = None) -> list[Any]:

@@ -26,16 +26,18 @@ class Limit(NamedTuple):
 
 
 def read(moved: int, sets: int, device: str) -> Limit:
-    """A read-only stream of so many bytes."""
+    """A read-only stream of so many bytes, or a few more."""
     count = max(moved // 4, 1)
-    inputs = [torch.ones(count, device=device) for _ in range(sets)]
-    ways: list[Contender] = [lambda i: inputs[i % sets].sum()]
+    blocks: list[int] = []
     if device == "cuda":
         from benchmarks import stream
 
-        # Whole blocks only: of less than 16 blocks the rest would count.
-        blocks = [block for block in stream.BLOCKS if count >= 16 * block]
-        ways += [lambda i, block=block: stream.read(inputs[i % sets], block) for block in blocks]
+        whole = stream.BLOCKS[0 if count < 16 * stream.BLOCKS[-1] else -1]
+        count = -(-count // whole) * whole  # the stream reads whole blocks
+        blocks = [block for block in stream.BLOCKS if block <= whole]
+    inputs = [torch.ones(count, device=device) for _ in range(sets)]
+    ways: list[Contender] = [lambda i: inputs[i % sets].sum()]
+    ways += [lambda i, block=block: stream.read(inputs[i % sets], block) for block in blocks]
     return Limit(4 * count, ways)
 
 

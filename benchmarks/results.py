@@ -96,3 +96,9 @@ def read(path: Path, offset: int = 0) -> list[dict[str, Any]]:
         file.seek(offset)
         rows = [json.loads(line) for line in file if line.endswith("\n")]
     return [{name: value for name, value in row.items() if name not in ORIGIN} for row in rows]
+
+
+def origin(path: Path) -> str:
+    """Device and torch of a file's last row."""
+    row = json.loads(path.read_text().splitlines()[-1])
+    return f"{row['device']}, torch {row['torch']}"

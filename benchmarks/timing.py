@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ def sets_past_cache(bytes_per_set: int, device: str) -> int:
     return max(1, min(3 * l2_bytes // bytes_per_set + 1, free_bytes // 4 // bytes_per_set, 256))
 
 
+@cache
+def say(line: str) -> None:
+    """Prints the line, once in a run: what fails in one case fails in many."""
+    print(line, flush=True)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def seconds_per_call(contenders: dict[str, Contender], sets: int, device: str) -> dict[str, float]:
     """Medians. A contender that raises gets no entry, and a line that says why.
 
@@ -38,7 +49,7 @@ def seconds_per_call(contenders: dict[str, Contender], sets: int, device: str) -
         try:
             timers[name] = prepare(run, sets)
         except Exception as error:  # another library's; the others are still to be measured
-            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
+            say(f"{name}: {reason(error)}")
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():

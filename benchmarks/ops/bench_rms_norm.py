@@ -22,7 +22,7 @@ def cases(scope: Scope) -> Iterator[Case]:
             yield Case(name, f"{tokens} x {model.D}", {"rows": tokens, "D": model.D})
             if model.qk_norm:
                 rows = tokens * model.H
-                yield Case(name, f"{tokens} tokens' heads, {rows} x {model.K}", {"rows": rows, "D": model.K})
+                yield Case(name, f"query heads, {rows} x {model.K}", {"rows": rows, "D": model.K})
 
 
 def inputs(dtype: torch.dtype, rows: int, D: int) -> tuple[Any, ...]:
