@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.bench import Bench, Case, Peer, Work
 from benchmarks.shapes import Scope
-from pyllama.ops import attention
+from pyllama.ops.attention import attention
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

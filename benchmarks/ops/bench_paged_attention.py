@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.bench import Bench, Case, Peer, Work
 from benchmarks.ops.bench_attention import BACKENDS, LAST, backend, causal_flops, explicit
 from benchmarks.shapes import Scope
-from pyllama.ops import paged_attention
+from pyllama.ops.paged_attention import paged_attention
 
 S = 64  # tokens of a page, as in pyllama's cache
 WORKSPACE_BYTES = 512 * 2**20  # flashinfer's

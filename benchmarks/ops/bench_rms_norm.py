@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.bench import Bench, Case, Peer, Work
 from benchmarks.shapes import Scope
-from pyllama.ops import rms_norm
+from pyllama.ops.rms_norm import rms_norm
 
 EPS = 1e-5
 
