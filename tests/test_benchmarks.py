@@ -166,22 +166,32 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "path"), CONFIGS, ids=[path.parent.name for _, path in CONFIGS])
-def test_models_have_the_dimensions_of_their_files(name: str, path: Path) -> None:
-    model, config = MODELS[name], json.loads(path.read_text())
+def check_sizes(name: str, config: dict[str, Any]) -> None:
+    model = MODELS[name]
     for field, keys in KEYS.items():
         found = [config[key] for key in keys if key in config]
         assert getattr(model, field) == (found[0] if found else 0), field
+    assert model.F_expert == config.get("moe_intermediate_size", config["intermediate_size"] if model.E else 0)
+    assert model.F in (config["intermediate_size"], 0 if model.E else None)
+
+
+@pytest.mark.parametrize(("name", "path"), CONFIGS, ids=[path.parent.name for _, path in CONFIGS])
+def test_models_have_the_dimensions_of_their_files(name: str, path: Path) -> None:
+    model, config = MODELS[name], json.loads(path.read_text())
+    check_sizes(name, config)
     if model.rank:
-        assert config["qk_nope_head_dim"] + config["qk_rope_head_dim"] == model.K
+        assert model.K == config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
         assert config["qk_rope_head_dim"] == model.R
     else:
-        assert (config.get("head_dim") or model.D // model.H) == model.K
+        assert model.K == (config.get("head_dim") or model.D // model.H)
         assert model.K * config.get("partial_rotary_factor", 1) == model.R
-    assert model.F_expert == config.get("moe_intermediate_size", config["intermediate_size"] if model.E else 0)
-    if model.F:
-        assert config["intermediate_size"] == model.F
-    assert model.F or model.E
+
+
+def test_models_have_the_dimensions_that_transformers_gives_their_families() -> None:
+    from transformers import DeepseekV3Config, Glm4MoeConfig
+
+    check_sizes("DeepSeek-V3", DeepseekV3Config().to_dict())
+    check_sizes("GLM-4.5-Air", Glm4MoeConfig().to_dict())
 
 
 def test_most_models_have_their_files() -> None:
