@@ -116,11 +116,10 @@ def measure(bench: Bench, case: Case, dtype: torch.dtype, device: str, results: 
         sets = sets_past_cache(sum(t.nbytes for t in _tensors(first)), device)
         inputs = [first, *(bench.inputs(dtype, **case.sizes) for _ in range(sets - 1))]
 
-    contenders: dict[str, Contender] = {
-        name: lambda i, function=function: function(*inputs[i]) for name, function in _agreeing(bench, first, dtype)
-    }
     limit = limit_of(work, sets, dtype, device)
-    contenders |= {f"limit {i}": way for i, way in enumerate(limit.ways)}
+    contenders: dict[str, Contender] = {f"limit {i}": way for i, way in enumerate(limit.ways)}
+    for name, function in _agreeing(bench, first, dtype):
+        contenders[name] = lambda i, function=function: function(*inputs[i])
     seconds = seconds_per_call(contenders, sets, device)
     if "pyllama" not in seconds:
         raise RuntimeError("pyllama's op failed")

@@ -60,7 +60,9 @@ def test_unknown_ops_are_named() -> None:
         # x read and written, weight read: 24 + 24 + 8 numbers of 2 bytes
         ("rms_norm", {"rows": 3, "D": 8}, Work(moved=112, flops=96, limit="copy")),
         # queries and result 4 * 2 * 8 numbers each, keys and values 4 * 1 * 8; queries see 1 + 2 + 3 + 4 keys
-        ("attention", {"T": 4, "H": 2, "G": 1, "K": 8}, Work(moved=384, flops=4 * 2 * 8 * 10, limit="product")),
+        ("attention", {"T": 4, "H": 2, "G": 1, "K": 8, "V": 8}, Work(384, 4 * 2 * 8 * 10, "product")),
+        # queries 4 * 2 * 8 numbers, keys 4 * 2 * 8, values and result 4 * 2 * 4
+        ("attention", {"T": 4, "H": 2, "G": 2, "K": 8, "V": 4}, Work(384, 2 * 2 * (8 + 4) * 10, "product")),
         # keys and values: 2 sequences of 64 tokens with 2 heads of 8
         (
             "paged_attention",
@@ -79,7 +81,7 @@ def test_work_is_counted_right(op: str, sizes: dict[str, int], expected: Work) -
 
 
 def test_queries_at_the_end_see_the_keys_before_them() -> None:
-    assert causal_flops(3, 5, H=1, K=1) == 4 * (3 + 4 + 5)
+    assert causal_flops(3, 5, H=1, K=1, V=1) == 4 * (3 + 4 + 5)
 
 
 @pytest.mark.parametrize("name", sorted(benches()))
@@ -180,10 +182,10 @@ def test_models_have_the_dimensions_of_their_files(name: str, path: Path) -> Non
     model, config = MODELS[name], json.loads(path.read_text())
     check_sizes(name, config)
     if model.rank:
-        assert model.K == config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        assert config["qk_nope_head_dim"] + config["qk_rope_head_dim"] == model.K
         assert config["qk_rope_head_dim"] == model.R
     else:
-        assert model.K == (config.get("head_dim") or model.D // model.H)
+        assert (config.get("head_dim") or model.D // model.H) == model.K
         assert model.K * config.get("partial_rotary_factor", 1) == model.R
 
 

@@ -25,29 +25,30 @@ LAST = 16  # queries whose results are compared
 
 def cases(scope: Scope) -> Iterator[Case]:
     for name, model in scope.models.items():
-        if not model.rank:  # latent attention has its own op
-            for T in scope.prompts:
-                what = f"prefill {T}, {model.H}/{model.G} heads of {model.K}"
-                yield Case(name, what, {"T": T, "H": model.H, "G": model.G, "K": model.K})
+        V = model.V_head or model.K
+        sizes = f"{model.K}" if model.K == V else f"{model.K} and {V}"
+        for T in scope.prompts:
+            what = f"prefill {T}, {model.H}/{model.G} heads of {sizes}"
+            yield Case(name, what, {"T": T, "H": model.H, "G": model.G, "K": model.K, "V": V})
 
 
-def inputs(dtype: torch.dtype, T: int, H: int, G: int, K: int) -> tuple[Any, ...]:
-    q, k, v = (torch.randn(T, heads, K, dtype=dtype) for heads in (H, G, G))
+def inputs(dtype: torch.dtype, T: int, H: int, G: int, K: int, V: int) -> tuple[Any, ...]:
+    q, k, v = (torch.randn(T, heads, size, dtype=dtype) for heads, size in ((H, K), (G, K), (G, V)))
     return q, k, v, torch.tensor([0, T], dtype=torch.int32)
 
 
-def work(dtype: torch.dtype, T: int, H: int, G: int, K: int) -> Work:
-    return Work(moved=2 * T * (H + G) * K * dtype.itemsize, flops=causal_flops(T, T, H, K), limit="product")
+def work(dtype: torch.dtype, T: int, H: int, G: int, K: int, V: int) -> Work:
+    return Work(moved=T * (H + G) * (K + V) * dtype.itemsize, flops=causal_flops(T, T, H, K, V), limit="product")
 
 
-def causal_flops(n: int, m: int, H: int, K: int) -> int:
-    """Two products, of each query with the keys that it sees: n queries at the end of m keys."""
+def causal_flops(n: int, m: int, H: int, K: int, V: int) -> int:
+    """Of each query with the keys that it sees, n queries at the end of m keys: products of size K and V."""
     pairs = n * (m - n) + n * (n + 1) // 2
-    return 4 * H * K * pairs
+    return 2 * H * (K + V) * pairs
 
 
-def explicit(q_BnHK: Tensor, k_BGmK: Tensor, v_BGmK: Tensor) -> Tensor:
-    """Causal attention as its formula, aligned at the end of the keys; softmax in float32 or wider. [B, n, H, K]."""
+def explicit(q_BnHK: Tensor, k_BGmK: Tensor, v_BGmV: Tensor) -> Tensor:
+    """Causal attention as its formula, aligned at the end of the keys; softmax in float32 or wider. [B, n, H, V]."""
     B, n, H, K = q_BnHK.shape
     G, m = k_BGmK.shape[1:3]
     q_BGrnK = q_BnHK.view(B, n, G, H // G, K).permute(0, 2, 3, 1, 4)
@@ -57,8 +58,8 @@ def explicit(q_BnHK: Tensor, k_BGmK: Tensor, v_BGmK: Tensor) -> Tensor:
         unseen_nm = positions[m - n :, None] < positions
         scores_BGxm = scores_BGxm.unflatten(2, (-1, n)).masked_fill(unseen_nm, float("-inf")).flatten(2, 3)
     wide = torch.promote_types(q_BnHK.dtype, torch.float32)
-    out_BGxK = scores_BGxm.to(wide).softmax(-1).to(q_BnHK.dtype) @ v_BGmK
-    return out_BGxK.view(B, G, H // G, n, K).permute(0, 3, 1, 2, 4).reshape(B, n, H, K)
+    out_BGxV = scores_BGxm.to(wide).softmax(-1).to(q_BnHK.dtype) @ v_BGmV
+    return out_BGxV.view(B, G, H // G, n, -1).permute(0, 3, 1, 2, 4).reshape(B, n, H, -1)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:

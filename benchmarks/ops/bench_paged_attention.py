@@ -53,7 +53,7 @@ def inputs(dtype: torch.dtype, B: int, n: int, m: int, H: int, G: int, K: int) -
 
 def work(dtype: torch.dtype, B: int, n: int, m: int, H: int, G: int, K: int) -> Work:
     cached = 2 * B * m * G * K * dtype.itemsize
-    flops = B * causal_flops(n, m, H, K)
+    flops = B * causal_flops(n, m, H, K, K)
     if n == 1:
         return Work(moved=cached, flops=flops, limit="read")
     return Work(moved=cached + 2 * B * n * H * K * dtype.itemsize, flops=flops, limit="product")
