@@ -1,6 +1,6 @@
 """Prefill and decode tokens/s on the CPU, beside transformers on the same random weights, in float32.
 
-    python benchmarks/cpu_generate.py [--shape dense|moe] [--rounds 5] [--output benchmarks/results]
+    python -m benchmarks.cpu_generate [--shape dense|moe] [--rounds 5] [--output benchmarks/results]
 
 Both engines generate greedily from the same token ids, in turns within one process, and must write the same
 tokens. A prefill is a generation of one token; decode is what the further tokens take on top. Medians.
@@ -17,11 +17,11 @@ from typing import Annotated
 
 import torch
 import typer
-from results import Results
 from rich.progress import track
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import pyllama
+from benchmarks.results import Results
 
 COMMON = {
     "hidden_size": 768,

@@ -26,9 +26,11 @@ from pathlib import Path
 from time import monotonic
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # this file is started as a script, before it is known what is installed
 TARGET = ROOT / "build" / "gpu-check"  # where the wheel is unpacked
 STAGES = ("test", "bench", "sanitize", "model")
 STAGE_SECONDS = 520
+CASE_SECONDS = 30  # for what an op's benchmark needs beside the time in which it starts cases: imports, the last case
 TIMED_OUT = 124
 MAX_CHARACTERS = 10_000
 MODULES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "rich", "typer", "pytest")
@@ -71,22 +73,25 @@ def by_text(status: int, output: str) -> str:
 
 
 def kernels() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
+    return sorted({path.stem.removesuffix("_sm90") for path in (ROOT / "csrc").glob("*.cu")})
 
 
-def steps(stage: str, out: Path) -> Iterator[Step]:
+def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
+    """The stage's steps, each made when the one before is over. end: when the stage must be, by `monotonic`."""
     python = sys.executable
-    pytest: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_rows", "--rows"]
+    pytest: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += ["-p", "benchmarks.pytest_rows", "--rows"]
     tests = [ROOT / "tests" / "ops" / f"test_{name}.py" for name in kernels()]
     if stage == "test":
         command = [*pytest, out / "tests.jsonl", *tests, ROOT / "tests" / "test_extension.py"]
         yield Step("tests", command, by_status, "tests.jsonl")
     elif stage == "bench":
-        scripts = [ROOT / "benchmarks" / "limits.py"]
-        scripts += [ROOT / "benchmarks" / "ops" / f"bench_{name}.py" for name in kernels()]
-        for script in scripts:
-            name = script.stem.removeprefix("bench_")
-            yield Step(name, [python, script, "--output", out], by_status, f"{name}.jsonl")
+        yield Step("limits", [python, "-m", "benchmarks.limits", "--output", out], by_status, "limits.jsonl")
+        names = kernels()
+        for done, name in enumerate(names):  # each in a process of its own, as a fault ends all work of its process
+            seconds = (end - monotonic()) / (len(names) - done) - CASE_SECONDS
+            command = [python, "-m", "benchmarks", "--quick", "--op", name, "--json", out / "ops.jsonl"]
+            yield Step(name, [*command, "--seconds", f"{max(seconds, 1):.0f}"], by_status, "ops.jsonl")
     elif stage == "sanitize":
         path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
         sanitizer = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
@@ -126,7 +131,7 @@ def build(out: Path) -> str:
 def execute(command: list[str | Path], log: Path, seconds: float) -> tuple[int, str]:
     """Runs a command, its output going to `log`; gives status and output. It is killed with all its children when
     the time is over (status TIMED_OUT), or this process is stopped."""
-    environment = dict(os.environ, PYTHONPATH=f"{TARGET}{os.pathsep}{ROOT / 'benchmarks'}", PYTHONUNBUFFERED="1")
+    environment = dict(os.environ, PYTHONPATH=f"{TARGET}{os.pathsep}{ROOT}", PYTHONUNBUFFERED="1")
     with log.open("w") as file:
         process = subprocess.Popen(
             command, cwd=TARGET, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -163,7 +168,7 @@ def report(
     checks: list[dict[str, object]], measured: list[dict[str, object]], failed_tests: list[dict[str, object]]
 ) -> str:
     """At most MAX_CHARACTERS; what failed comes last and is kept whole as far as possible."""
-    from results import table
+    from benchmarks.results import table
 
     failures = [row for row in checks if row["result"] == "failed"] + failed_tests
     last = table([{**row, "detail": str(row["detail"])[:300]} for row in failures[:20]]) if failures else "no failures"
@@ -192,7 +197,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     if missing := [name for name in MODULES if importlib.util.find_spec(name) is None]:
         sys.exit(f"gpu-check: {sys.executable} lacks {', '.join(missing)}")
-    from results import Results, read
+    from benchmarks.results import Results, read
 
     results = Results(out / "gpu_check.jsonl")
 
@@ -209,7 +214,7 @@ def main() -> None:
     built = build(out)
     add("build", "wheel", monotonic() - began, built)
     for name in arguments.stages or STAGES:
-        for step in steps(name, out):
+        for step in steps(name, out, began + STAGE_SECONDS):
             if reason := next((verdict for verdict in (on_device, built) if verdict.startswith("failed")), None):
                 add(name, step.name, 0, reason.replace("failed", "skipped", 1))
                 continue

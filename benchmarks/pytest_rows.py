@@ -1,9 +1,10 @@
-"""A plugin of pytest: `-p pytest_rows --rows FILE` writes each test's result to FILE as soon as it is known."""
+"""A plugin of pytest: `-p benchmarks.pytest_rows --rows FILE` writes each test's result to FILE as it is known."""
 
 from pathlib import Path
 
 import pytest
-from results import Results
+
+from benchmarks.results import Results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

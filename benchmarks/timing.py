@@ -1,44 +1,82 @@
-"""Timing on the GPU: contenders in turns, each as a CUDA graph, over inputs that do not stay in the L2 cache."""
+"""Timing: contenders in turns, over inputs that do not stay in the cache; medians.
+
+On the GPU each contender is a CUDA graph, on the CPU it is called in a loop and timed by the wall clock.
+"""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 Contender = Callable[[int], Any]  # runs once, on the inputs of that number
+CPU_CACHE_BYTES = 64 * 2**20
 
 
-def sets_past_l2(bytes_per_set: int) -> int:
-    """How many sets of inputs it takes until the first has left the L2 cache; of tiny ones at most 256, which stay."""
+def sets_past_cache(bytes_per_set: int, device: str) -> int:
+    """How many sets of inputs it takes until the first has left the cache (the GPU's L2). Of tiny ones at most 256 (on
+    the CPU 16), which stay."""
+    if device == "cpu":
+        return max(1, min(CPU_CACHE_BYTES // bytes_per_set + 1, 16))
     l2_bytes = torch.cuda.get_device_properties().L2_cache_size
     free_bytes, _ = torch.cuda.mem_get_info()
     return max(1, min(3 * l2_bytes // bytes_per_set + 1, free_bytes // 4 // bytes_per_set, 256))
 
 
-def seconds_per_call(contenders: dict[str, Contender], sets: int, rounds: int = 15) -> dict[str, float]:
+@cache
+def say(line: str) -> None:
+    """Prints the line, once in a run: what fails in one case fails in many."""
+    print(line, flush=True)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def seconds_per_call(contenders: dict[str, Contender], sets: int, device: str) -> dict[str, float]:
     """Medians. A contender that raises gets no entry, and a line that says why.
 
     sets: how many numbered inputs there are. Results stay alive until all sets had their turn, so that outputs too
     go through different memory.
     """
-    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    prepare, rounds = (_capture, 15) if device == "cuda" else (_loop, 7)
+    timers: dict[str, Callable[[], float]] = {}
     for name, run in contenders.items():
         try:
-            graphs[name] = _capture(run, sets)
+            timers[name] = prepare(run, sets)
         except Exception as error:  # another library's; the others are still to be measured
-            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+            say(f"{name}: {reason(error)}")
+    times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
-        for name, (graph, calls) in graphs.items():
-            times[name].append(_seconds(graph.replay) / calls)
+        for name, timer in timers.items():
+            times[name].append(timer())
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _capture(run: Contender, sets: int) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of so many calls that the GPU is busy for a millisecond, and their number."""
+def _loop(run: Contender, sets: int) -> Callable[[], float]:
+    """A timer of so many calls that the CPU is busy for two milliseconds."""
+    for i in range(sets):
+        run(i)
+    start = time.perf_counter()
+    run(0)
+    calls = max(sets, min(1000, int(2e-3 / (time.perf_counter() - start))))
+    results: list[Any] = [None] * sets
+
+    def timer() -> float:
+        start = time.perf_counter()
+        for call in range(calls):
+            results[call % sets] = run(call % sets)
+        return (time.perf_counter() - start) / calls
+
+    return timer
+
+
+def _capture(run: Contender, sets: int) -> Callable[[], float]:
+    """A timer of a graph of so many calls that the GPU is busy for a millisecond."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # compiles and allocates what the first calls need
         for i in range(min(3, sets)):
@@ -52,7 +90,7 @@ def _capture(run: Contender, sets: int) -> tuple[torch.cuda.CUDAGraph, int]:
         for call in range(calls):
             results[call % sets] = run(call % sets)
     graph.replay()
-    return graph, calls
+    return lambda: _seconds(graph.replay) / calls
 
 
 def _seconds(run: Callable[[], Any]) -> float:

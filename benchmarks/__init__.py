@@ -1,0 +1,1 @@
+"""How fast pyllama is, beside others, in shares of what the device can do: see README.md."""

@@ -1,0 +1,1 @@
+"""One benchmark per op: `bench_<op>.py` defines BENCH (see benchmarks/bench.py)."""

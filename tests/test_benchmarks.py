@@ -1,0 +1,219 @@
+"""The benchmarks: that the command runs and says what it should, counts of work, the models' dimensions. No speeds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
+
+from benchmarks import bench as framework  # noqa: E402
+from benchmarks.bench import Bench, Case, Work, benches, merged, row_of  # noqa: E402
+from benchmarks.ops.bench_attention import causal_flops  # noqa: E402
+from benchmarks.ops.bench_rms_norm import BENCH as RMS_NORM  # noqa: E402
+from benchmarks.results import Results, table  # noqa: E402
+from benchmarks.shapes import MODELS, SCOPES  # noqa: E402
+
+SMALL = SCOPES["cpu", True]
+
+
+def test_the_command_writes_a_row_for_each_case(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--op", "rms_norm", "--json", str(file)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    limits, rows = [], []
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        (limits if row["op"] == "limit" else rows).append(row)
+    assert [row["limit"] for row in limits] == ["read", "copy", "product"]
+    cuda = torch.cuda.is_available()
+    expected = list(merged(RMS_NORM.cases(SCOPES["cuda" if cuda else "cpu", True])))
+    assert [(row["model"], row["case"], row["sizes"]) for row in rows] == expected
+    assert ("CPU FIGURES" in run.stdout) is not cuda
+    for row in rows:
+        assert row["implementation"] == ("cuda" if cuda else "eager")
+        assert {"device", "torch", "commit", "time", "dtype", "peer", "x_peer"} <= row.keys()
+        assert min(row[name] for name in ("us", "rate", "of_limit", "x_torch", "x_compile", "limit_rate")) > 0
+        assert {"torch", "compile"} <= row["contenders_us"].keys()
+        assert row["case"] in run.stdout
+
+
+def test_unknown_ops_are_named() -> None:
+    command = [sys.executable, "-m", "benchmarks", "--op", "rms_nrom"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "no op rms_nrom; there are" in run.stderr
+    assert "rms_norm" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "expected"),
+    [
+        # x read and written, weight read: 24 + 24 + 8 numbers of 2 bytes
+        ("rms_norm", {"rows": 3, "D": 8}, Work(moved=112, flops=96, limit="copy")),
+        # queries and result 4 * 2 * 8 numbers each, keys and values 4 * 1 * 8; queries see 1 + 2 + 3 + 4 keys
+        ("attention", {"T": 4, "H": 2, "G": 1, "K": 8, "V": 8}, Work(384, 4 * 2 * 8 * 10, "product")),
+        # queries 4 * 2 * 8 numbers, keys 4 * 2 * 8, values and result 4 * 2 * 4
+        ("attention", {"T": 4, "H": 2, "G": 2, "K": 8, "V": 4}, Work(384, 2 * 2 * (8 + 4) * 10, "product")),
+        # keys and values: 2 sequences of 64 tokens with 2 heads of 8
+        (
+            "paged_attention",
+            {"B": 2, "n": 1, "m": 64, "H": 4, "G": 2, "K": 8},
+            Work(moved=2 * 2 * 64 * 2 * 8 * 2, flops=2 * 4 * 4 * 8 * 64, limit="read"),
+        ),
+        (
+            "paged_attention",
+            {"B": 1, "n": 64, "m": 64, "H": 4, "G": 2, "K": 8},
+            Work(moved=2 * 64 * (2 + 4) * 8 * 2, flops=4 * 4 * 8 * 64 * 65 // 2, limit="product"),
+        ),
+    ],
+)
+def test_work_is_counted_right(op: str, sizes: dict[str, int], expected: Work) -> None:
+    assert benches()[op].work(torch.bfloat16, **sizes) == expected
+
+
+def test_queries_at_the_end_see_the_keys_before_them() -> None:
+    assert causal_flops(3, 5, H=1, K=1, V=1) == 4 * (3 + 4 + 5)
+
+
+@pytest.mark.parametrize("name", sorted(benches()))
+class TestEachBenchmark:
+    def test_cases_fit_work_in_every_scope(self, name: str) -> None:
+        bench = benches()[name]
+        assert bench.op.rstrip("_") == name
+        for scope in SCOPES.values():
+            cases = list(merged(bench.cases(scope)))
+            assert cases
+            assert len({(case.model, case.what) for case in cases}) == len(cases), "rows could not be told apart"
+            for case in cases:
+                work = bench.work(torch.bfloat16, **case.sizes)
+                assert work.moved > 0
+                assert work.flops > 0
+                assert work.limit in ("read", "copy", "product")
+
+    def test_contenders_compute_the_same(self, name: str) -> None:
+        bench = benches()[name]
+        case = next(iter(merged(bench.cases(SMALL))))
+        inputs = bench.inputs(torch.float32, **case.sizes)
+        with torch.no_grad():
+            for function in (bench.pyllama, bench.torch or bench.formula, bench.formula):
+                result = framework._tensors(function(*framework._copied(inputs)))
+                if bench.checked:
+                    reference = bench.reference or bench.formula
+                    expected = framework._tensors(reference(*framework._copied(inputs, torch.float64)))
+                    assert framework._error(result, expected) <= framework.TOLERANCE[torch.float32]
+
+
+def test_equal_sizes_are_one_case() -> None:
+    cases = [Case("a", "2 x 3", {"x": 2, "y": 3}), Case("b", "other", {"x": 9}), Case("c", "2 x 3", {"y": 3, "x": 2})]
+    assert list(merged(cases)) == [Case("a, c", "2 x 3", {"x": 2, "y": 3}), Case("b", "other", {"x": 9})]
+
+
+def test_a_row_says_rate_share_and_ratios() -> None:
+    seconds = {"pyllama": 2e-6, "torch": 5e-6, "compile": 3e-6, "near": 1.9e-6, "far": 9e-6}
+    limits = {"limit 0": 4e-6, "limit 1": 1e-6}
+    work = Work(moved=4_000_000, flops=6_000_000, limit="copy")
+    row = row_of("op", Case("model", "case", {"D": 1}), work, 4_000_000, seconds | limits)
+    expected = {"us": 2.0, "rate": 2000, "unit": "GB/s", "of_limit": 0.5, "x_torch": 2.5, "x_compile": 1.5}
+    assert row.items() >= (expected | {"peer": "near", "x_peer": 0.95, "limit_rate": 4000}).items()
+    assert row["contenders_us"] == {"torch": 5.0, "compile": 3.0, "near": 1.9, "far": 9.0}
+
+    row = row_of(
+        "op", Case("model", "case", {}), work._replace(limit="product"), 12_000_000, {**limits, "pyllama": 2e-6}
+    )
+    expected = {"rate": 3.0, "unit": "TFLOP/s", "of_limit": 0.25, "limit_rate": 12.0, "x_torch": None, "peer": None}
+    assert row.items() >= expected.items()
+
+
+def test_contenders_that_err_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def raising(*args: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    peers = {"copying": lambda x, weight: x, "raising": raising, "right": RMS_NORM.formula}
+    bench: Bench = replace(RMS_NORM, peers=peers | {"absent": framework.Peer("no_such_module:function", raising)})
+    row = framework.measure(bench, Case("m", "c", {"rows": 4, "D": 16}), torch.float32, "cpu", Results(None))
+    assert list(row["contenders_us"]) == ["torch", "compile", "right"]
+    assert framework.missing_peers(bench) == ["absent"]
+    said = capsys.readouterr().out
+    assert "copying: ValueError: its result is off by" in said
+    assert "raising: RuntimeError: no such kernel" in said
+
+
+KEYS = {  # a Model's field: what it may be called in a config.json
+    "D": ("hidden_size",),
+    "layers": ("num_hidden_layers",),
+    "V": ("vocab_size",),
+    "H": ("num_attention_heads",),
+    "G": ("num_key_value_heads",),
+    "E": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "N": ("num_experts_per_tok",),
+    "rank": ("kv_lora_rank",),
+    "q_rank": ("q_lora_rank",),
+    "V_head": ("v_head_dim",),
+}
+CONFIGS = [
+    (name, path)
+    for name in MODELS
+    for path in sorted((ROOT / "tests" / "configs").glob(f"{name}*/config.json"))
+    if "quantization_config" not in path.read_text() or name == "DeepSeek-V3"
+]
+
+
+def check_sizes(name: str, config: dict[str, Any]) -> None:
+    model = MODELS[name]
+    for field, keys in KEYS.items():
+        found = [config[key] for key in keys if key in config]
+        assert getattr(model, field) == (found[0] if found else 0), field
+    assert model.F_expert == config.get("moe_intermediate_size", config["intermediate_size"] if model.E else 0)
+    assert model.F in (config["intermediate_size"], 0 if model.E else None)
+
+
+@pytest.mark.parametrize(("name", "path"), CONFIGS, ids=[path.parent.name for _, path in CONFIGS])
+def test_models_have_the_dimensions_of_their_files(name: str, path: Path) -> None:
+    model, config = MODELS[name], json.loads(path.read_text())
+    check_sizes(name, config)
+    if model.rank:
+        assert config["qk_nope_head_dim"] + config["qk_rope_head_dim"] == model.K
+        assert config["qk_rope_head_dim"] == model.R
+    else:
+        assert (config.get("head_dim") or model.D // model.H) == model.K
+        assert model.K * config.get("partial_rotary_factor", 1) == model.R
+
+
+def test_models_have_the_dimensions_that_transformers_gives_their_families() -> None:
+    from transformers import DeepseekV3Config, Glm4MoeConfig
+
+    check_sizes("DeepSeek-V3", DeepseekV3Config().to_dict())
+    check_sizes("GLM-4.5-Air", Glm4MoeConfig().to_dict())
+
+
+def test_most_models_have_their_files() -> None:
+    assert {"Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B", "Mixtral-8x7B"} <= {name for name, _ in CONFIGS}
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    from benchmarks.plot import draw
+
+    rows: list[dict[str, Any]] = [{"op": "limit", "limit": "read", "rate": 9.0}]
+    rows.append({"op": "limit", "limit": "product", "rate": 0.1})
+    seconds = {"pyllama": 2e-6, "torch": 5e-6, "limit 0": 1e-6}
+    for op in ("one", "two", "three"):
+        for case in ("small", "large"):
+            row = row_of(op, Case("a, b", case, {}), Work(1000, 100, "read"), 1000, seconds)
+            rows.append({**row, "dtype": "float32", "implementation": "eager"})
+    path = tmp_path / "rows.png"
+    draw(rows, "title", path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_leave_out_nested_values() -> None:
+    assert table([{"a": 1, "b": {"c": 2}}, {"a": 3, "d": None}]).split() == ["a", "d", "1", "3", "None"]
