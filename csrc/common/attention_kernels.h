@@ -164,8 +164,10 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
         auto& stage = s.tiles.stages[warp][step % P::stages];
         float scores[1][keys / 8][4] = {};
         add_scores<T, K, 1, keys>(scores, stage.k, 0, lane, [&](uint32_t (&a)[4], int, int i) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) a[e] = queries[i][e];
+            if constexpr (P::keep_queries)
+                for (int e = 0; e < 4; ++e) a[e] = queries[i][e];
+            else
+                load_a<K>(a, s.tiles.q, 0, i, lane);
         });
 #pragma unroll
         for (int j = 0; j < keys / 8; ++j)
