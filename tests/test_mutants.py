@@ -31,10 +31,6 @@ def plant(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def stem(mutant: Mutant) -> str:
-    return mutant.op or Path(mutant.file).stem
-
-
 def build(kernel: str, flavour: str) -> None:
     scripts = Path(sys.executable).parent
     configure = [scripts / "cmake", "-S", ROOT / "tests" / "emulator", "-B", BUILD / kernel, "-G", "Ninja"]
@@ -71,13 +67,13 @@ def noticed(kernel: str, flavour: str) -> bool:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.bug}")
 def test_text_is_there(mutant: Mutant) -> None:
     assert mutated(mutant) != (ROOT / "csrc" / mutant.file).read_text()
-    assert (ROOT / "tests" / "ops" / f"test_{stem(mutant)}.py").exists()
+    assert (ROOT / "tests" / "ops" / f"test_{mutant.op}.py").exists()
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.bug}")
 def test_planted_bug_is_noticed(mutant: Mutant) -> None:
-    kernel = stem(mutant)
+    kernel = mutant.op
     for path in (ROOT / "csrc").rglob("*.*"):
         name = path.relative_to(ROOT / "csrc")
         plant(CSRC / name, mutated(mutant) if str(name) == mutant.file else path.read_text())
