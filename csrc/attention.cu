@@ -19,8 +19,9 @@ void with_head_size(const Arguments& arguments, int64_t K, int64_t V, F f) {
     if (K == 192 && V == 128) return f(HeadSize<192, 128>());
     if (K == 192 && V == 192) return f(HeadSize<192, 192>());
     if (K == 256 && V == 256) return f(HeadSize<256, 256>());
-    arguments.fail("K = ", K, " and V = ", V,
-                   ", the head sizes, but must be both 32, 64, 96, 128, 192 or 256, or 192 and 128");
+    arguments.fail(
+        "K = ", K, " and V = ", V,
+        ", the head sizes, but must be both 32, 64, 96, 128, 192 or 256, or 192 and 128 (pyllama.eager() runs any)");
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,

@@ -21,7 +21,7 @@ void with_head_size(const Arguments& arguments, int64_t K, F f) {
         case 256:
             return f(std::integral_constant<int, 256>());
     }
-    arguments.fail("K, the head size, is ", K, ", but must be 32, 64, 96, 128, 192 or 256");
+    arguments.fail("K, the head size, is ", K, ", but must be 32, 64, 96, 128, 192 or 256 (pyllama.eager() runs any)");
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table, const Tensor& cu_seqlens_q,
