@@ -3,12 +3,11 @@
 // are logits less penalties, and what each sequence wants is read here, on the device.
 //
 // Two kernels. `slices` reads the logits once, a warp at a slice of 256 tokens, and leaves of each slice its largest
-// score and the token it would choose; `finish`, a block per sequence, chooses among the slices. Where nothing is
-// filtered that is all. Otherwise `finish` finds the edge of what is kept and lets those tokens compete, without
-// sorting: tokens are told apart by their distance from the largest score, fixed point in 32 bits, and a histogram over
-// 8 bits of it at a time says which 256th of the range holds the edge. Few tokens are left after the first 8 bits; they
-// go to a list in shared memory, and the row is read no more. Only where the list is too short (a hot temperature, say)
-// the row is read again each time.
+// score and the token it would choose; `finish`, a block per sequence, chooses among the slices. Unless tokens are to
+// be filtered that is all. Else `finish` looks for the edge of what is kept without sorting: tokens have a distance
+// from the largest score, fixed point in 32 bits, and a histogram over 8 bits of it at a time says which 256th of the
+// range has the edge. The few tokens left after the first 8 bits go to a list in shared memory, and the row is read no
+// more; only where the list is too short, at a hot temperature, say, it is read again each time.
 //
 // Results repeat bit for bit, and depend on nothing but the sequence: what is summed are integers (probabilities in
 // units of 2^-40), the largest value is the same in any order, and slices do not depend on the number of blocks.
@@ -51,7 +50,7 @@ struct Params : Options {
     const T* logits_BV;
     int64_t stride;  // elements from row to row
     bool aligned;    // rows start at multiples of 16 bytes
-    int B, V, N;     // sequences, vocabulary, slices of a sequence
+    int B, V, N;     // N: slices of a sequence
     Slice* slices_BN;
     int64_t* tokens_B;
 };
@@ -169,11 +168,6 @@ __global__ void __launch_bounds__(512) slices(const Params<T> p, int blocks) {
 // How far below the likeliest token a token is, in units of 2^-27; x is relative(score). Equal distances are ties.
 __device__ uint32_t distance(float x) { return uint32_t(fminf(fmaxf(-x, 0.0f), farthest) * 0x1p27f); }
 
-struct Token {
-    float x;
-    int index;
-};
-
 // A sum of 64 bits in shared memory that threads add to; atomics are fast there on 32 bits only.
 struct Sum {
     uint32_t low, high;
@@ -185,12 +179,21 @@ struct Sum {
     }
 };
 
+// Where a filter's edge is, as far as it is known.
+struct Edge {
+    int bin;          // of the range of distances looked at last; past the last one, if all together weigh less
+    uint64_t nearer;  // weight of all before that bin
+    uint64_t wanted;  // the weight at which the edge is; 0 at first
+};
+
 struct Shared {
     Sum weights[bins];
-    Token list[capacity];
-    int listed;               // tokens that wanted to be in the list
-    int bin;                  // where the edge is
-    uint64_t nearer, wanted;  // weight of all that is nearer than this bin; the weight at which the edge is
+    Edge edge;
+    int listed;  // tokens that wanted to be in the list
+    struct Token {
+        float x;
+        int index;
+    } list[capacity];
 };
 
 // The tokens of a sequence that filters still keep: those of the row up to a distance, or those of the list.
@@ -221,6 +224,7 @@ struct Kept {
     template <class Weight, class Wanted>
     __device__ void filter(Weight weight, Wanted wanted) {
         auto& s = shared<Shared>();
+        Edge edge{};
         uint32_t start = 0;  // of the range of distances that has the edge
         for (int shift = 24; shift >= 0; shift -= 8) {
             for (int i = threadIdx.x; i < bins; i += blockDim.x) s.weights[i] = {};
@@ -230,10 +234,11 @@ struct Kept {
                 if (x > -farthest && bin < bins) s.weights[bin].add(weight(x));
             });
             __syncthreads();
-            if (threadIdx.x < 32) find_bin(shift == 24, wanted);
+            if (threadIdx.x < 32) find_bin(edge, wanted);
             __syncthreads();
-            if (s.bin == bins) return;  // only at first: all together weigh less
-            start += uint32_t(s.bin) << shift;
+            edge = s.edge;
+            if (edge.bin == bins) return;  // only at first
+            start += uint32_t(edge.bin) << shift;
             limit = min(limit, start + ((1u << shift) - 1));
             if (shift == 24 && !listed) gather();
         }
@@ -241,26 +246,24 @@ struct Kept {
 
     // One warp: the bin where the weight reaches what is wanted.
     template <class Wanted>
-    __device__ void find_bin(bool first_time, Wanted wanted) const {
+    __device__ void find_bin(Edge edge, Wanted wanted) const {
         auto& s = shared<Shared>();
         const int lane = threadIdx.x, own = lane * (bins / 32);
         uint64_t sum = 0;
         for (int i = 0; i < bins / 32; ++i) sum += s.weights[own + i].value();
-        uint64_t up_to = sum;
+        uint64_t up_to = sum;  // of this lane's bins and all before
         for (int d = 1; d < 32; d *= 2) {
             const uint64_t before = __shfl_up_sync(~0u, up_to, d);
             if (lane >= d) up_to += before;
         }
-        uint64_t nearer = first_time ? 0 : s.nearer;
-        const uint64_t target = first_time ? wanted(__shfl_sync(~0u, up_to, 31)) : s.wanted;
-        const unsigned reached = __ballot_sync(~0u, nearer + up_to >= target);
-        if (reached ? lane == __ffs(reached) - 1 : lane == 0) {
-            nearer += up_to - sum;
-            int bin = own;
-            if (reached)
-                while (nearer + s.weights[bin].value() < target) nearer += s.weights[bin++].value();
-            s.bin = reached ? bin : bins, s.nearer = nearer, s.wanted = target;
-        }
+        if (edge.wanted == 0) edge.wanted = wanted(__shfl_sync(~0u, up_to, 31));
+        const unsigned reached = __ballot_sync(~0u, edge.nearer + up_to >= edge.wanted);
+        if (lane != (reached ? __ffs(reached) - 1 : 0)) return;
+        edge.bin = reached ? own : bins;
+        edge.nearer += up_to - sum;
+        while (edge.bin < bins && edge.nearer + s.weights[edge.bin].value() < edge.wanted)
+            edge.nearer += s.weights[edge.bin++].value();
+        s.edge = edge;
     }
 
     __device__ void gather() {
@@ -298,10 +301,11 @@ template <class T>
 __global__ void __launch_bounds__(1024) finish(const Params<T> p) {
     const Sequence<T> sequence{p, int(blockIdx.x)};
     const Slice* slices = p.slices_BN + int64_t(sequence.b) * p.N;
-    Candidate best = 0;
-    for (int n = threadIdx.x; n < p.N; n += blockDim.x) best = max(best, candidate(slices[n].largest, 0));
-    const float largest = value_of(block_max(best));
+    float largest = -INFINITY;
+    for (int n = threadIdx.x; n < p.N; n += blockDim.x) largest = fmaxf(largest, slices[n].largest);
+    largest = value_of(block_max(candidate(largest, 0)));
 
+    Candidate best = 0;
     if (sequence.filtered) {
         Kept<T> kept{sequence, largest};
         if (sequence.top_k > 0)
@@ -312,7 +316,6 @@ __global__ void __launch_bounds__(1024) finish(const Params<T> p) {
         if (sequence.min_p > 0) kept.limit = min(kept.limit, distance(logf(sequence.min_p)));
         best = kept.best();
     } else {
-        best = 0;
         for (int n = threadIdx.x; n < p.N; n += blockDim.x) {
             const Slice s = slices[n];
             const float behind = sequence.greedy ? 0.0f : sequence.relative(s.largest, largest);
@@ -342,7 +345,6 @@ void run(const Params<T>& p, const Tile& tile, cudaStream_t stream) {
 }
 
 using Optional = std::optional<Tensor>;
-
 Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
               const Tensor& min_p, const Tensor& seed, const Tensor& step, const Optional& repetition_penalty,
               const Optional& presence_penalty, const Optional& frequency_penalty, const Optional& prompt_mask,

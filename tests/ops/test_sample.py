@@ -200,13 +200,13 @@ def test_the_lowest_temperatures_are_greedy(given: dict[str, Any], temperature: 
 
 def test_filters_keep_ties(device: str) -> None:
     """Three equal tokens at the edge: top-k and top-p keep all of them, and nothing below."""
-    logits = torch.log(torch.tensor([0.3, 0.2, 0.2, 0.2, 0.1], device=device)).expand(400, 5).contiguous()
-    seed = torch.arange(400)
+    logits = torch.log(torch.tensor([0.3, 0.2, 0.2, 0.2, 0.1], device=device)).expand(150, 5).contiguous()
+    seed = torch.arange(150)
     for given in ({"top_k": 2}, {"top_k": 3}, {"top_p": 0.31}, {"top_p": 0.5}, {"min_p": 0.6}):
-        assert sample(logits, **options(400, device, seed=seed, **given)).unique().tolist() == [0, 1, 2, 3]
+        assert sample(logits, **options(150, device, seed=seed, **given)).unique().tolist() == [0, 1, 2, 3]
     for given in ({"top_k": 1}, {"top_p": 0.29}, {"top_p": 1e-9}, {"min_p": 0.7}):
-        assert sample(logits, **options(400, device, seed=seed, **given)).unique().tolist() == [0]
-    assert sample(logits, **options(400, device, seed=seed, top_p=0.91)).unique().tolist() == [0, 1, 2, 3, 4]
+        assert sample(logits, **options(150, device, seed=seed, **given)).unique().tolist() == [0]
+    assert sample(logits, **options(150, device, seed=seed, top_p=0.91)).unique().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_excluded_tokens_are_never_chosen(device: str) -> None:
@@ -218,6 +218,7 @@ def test_excluded_tokens_are_never_chosen(device: str) -> None:
         assert tokens.unique().tolist() == [3, 17]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("given", [{}, {"temperature": 0.5, "top_k": 9, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
 @pytest.mark.parametrize("counting", ["seed", "step"])
 def test_frequencies(counting: str, given: dict[str, Any], device: str) -> None:
@@ -293,6 +294,7 @@ def test_repetition_agrees_with_transformers(device: str) -> None:
     assert torch.equal(sample(logits.to(device), **chosen).cpu(), expected)
 
 
+@pytest.mark.large
 def test_filters_agree_with_transformers(device: str) -> None:
     """The support of many samples per row is what transformers' warpers leave."""
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
