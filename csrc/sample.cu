@@ -25,8 +25,7 @@ namespace {
 constexpr int max_V = 1 << 23;  // times 2^40 is less than 2^64
 constexpr int octet = 8;        // consecutive tokens that a thread takes at a time
 constexpr int slice = 32 * octet;
-constexpr int bins = 256;
-constexpr int capacity = 2048;  // tokens in the list
+constexpr int bins = 256, capacity = 4096;  // of the histogram; of the list, in tokens
 
 constexpr float farthest = 31.999998f;  // times 2^27 is below 2^32; probabilities are 0 by then, and nobody wins there
 

@@ -128,9 +128,9 @@ def test_formula(given: dict[str, Any], V: int, dtype: torch.dtype, device: str)
 @pytest.mark.parametrize("temperature", [0.2, 20.0], ids=["peaked", "flat"])
 def test_filters_of_a_large_vocabulary(temperature: float, device: str) -> None:
     """What is kept may be a few of the tokens or nearly all."""
-    B, V = 6, 3000
+    B, V = 6, 6000
     logits = 2 * torch.randn(B, V, device=device)
-    top_k, top_p, min_p = [0, 0, 2500, 2500, 20, 0], [0.9, 1.0, 0.97, 0.1, 0.8, 0.9], [0, 0.01, 0, 0, 0, 0.3]
+    top_k, top_p, min_p = [0, 0, 5000, 5000, 20, 0], [0.9, 1.0, 0.97, 0.1, 0.8, 0.9], [0, 0.01, 0, 0, 0, 0.3]
     chosen = options(B, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=5)
     for b, token in enumerate(sample(logits, **chosen).tolist()):
         assert_chosen(token, numpy(logits)[b], numbers(chosen, b), 5, 0)
@@ -174,7 +174,7 @@ def test_rows_without_numbers(given: dict[str, Any], device: str) -> None:
 
 def test_equal_scores(device: str) -> None:
     """All tokens at one distance, more than a kernel lists: every filter keeps all of them."""
-    logits = torch.full((20, 2500), 3.0, device=device)
+    logits = torch.full((20, 4500), 3.0, device=device)
     plain = sample(logits, **options(20, device, seed=range(20)))
     for given in ({"top_k": 2}, {"top_p": 0.3}, {"min_p": 1.0}):
         assert torch.equal(sample(logits, **options(20, device, **given, seed=range(20))), plain)
