@@ -25,22 +25,19 @@ struct Params {
     int tokens, H, G, K, S, R;
 };
 
-// What is done with head h of a token's H + 2G: queries, keys, values.
+// Head h of a token's H + 2G: queries, keys, values.
 template <class T>
 struct Head {
     bool exists, query, value;
     const T* weight_K;
-    T* from_K;
-    T* to_K;  // null: not stored
+    T* x_K;
 
-    __device__ Head(const Params<T>& p, int64_t token, int h, int page, int place) {
+    __device__ Head(const Params<T>& p, int64_t token, int h) {
         exists = token < p.tokens && h < p.H + 2 * p.G;
         query = h < p.H;
         value = h >= p.H + p.G;
         weight_K = query ? p.q_weight_K : value ? nullptr : p.k_weight_K;
-        from_K = p.qkv_TF + token * p.qkv_stride + h * p.K;
-        const int64_t cached = (int64_t(page) * 2 * p.G + h - p.H) * p.S + place;  // heads of keys, then of values
-        to_K = query ? from_K : place < 0 ? nullptr : p.cache_P2GSK + cached * p.K;
+        x_K = p.qkv_TF + token * p.qkv_stride + h * p.K;
     }
 };
 
@@ -52,26 +49,26 @@ __global__ void __launch_bounds__(256) kernel(const Params<T> p) {
     const bool here = token < p.tokens;
     const int position = here && p.R > 0 ? p.positions_T[token] : 0;
     const int slot = here ? p.slots_T[token] : -1;
-    const int page = slot < 0 ? 0 : slot / p.S, place = slot < 0 ? -1 : slot - page * p.S;
 
     Vector<T> kept[heads_per_lane][2];
 #pragma unroll
     for (int i = 0; i < heads_per_lane; ++i) {
-        const Head<T> head(p, token, first_head + i * blockDim.y, page, place);
-        if (head.exists && part.has_first) kept[i][0] = load(head.from_K, part.first);
-        if (head.exists && part.has_second) kept[i][1] = load(head.from_K, part.second);
+        const Head<T> head(p, token, first_head + i * blockDim.y);
+        if (head.exists && part.has_first) kept[i][0] = load(head.x_K, part.first);
+        if (head.exists && part.has_second) kept[i][1] = load(head.x_K, part.second);
     }
     Angles<T, interleaved> angles;
     if (here && part.rotated) angles.load(p.cos_sin_PR + position * p.cos_sin_stride, p.R, part);
 
 #pragma unroll
     for (int i = 0; i < heads_per_lane; ++i) {
-        const Head<T> head(p, token, first_head + i * blockDim.y, page, place);
+        const int h = first_head + i * blockDim.y;
+        const Head<T> head(p, token, h);
         HeadValues<T> values(kept[i][0], kept[i][1]);
-        if (p.q_weight_K || p.k_weight_K) {  // the same for all threads, which meet in row_sum
+        if (p.q_weight_K || p.k_weight_K) {  // the same for all threads, which meet in the sum
             float sum = 0;
             for (const float x : values.x) sum += x * x;
-            const float scale = rsqrtf(row_sum(sum) / p.K + p.eps);
+            const float scale = rsqrtf(__fdividef(lanes_sum(sum, blockDim.x), p.K) + p.eps);
             if (head.weight_K && part.has_first) {
                 const Vector<T> first = load(head.weight_K, part.first);
                 const Vector<T> second = part.has_second ? load(head.weight_K, part.second) : Vector<T>{};
@@ -80,9 +77,14 @@ __global__ void __launch_bounds__(256) kernel(const Params<T> p) {
             }
         }
         if (part.rotated && !head.value) angles.rotate(values);
-        if (!head.exists || !head.to_K) continue;
-        if (part.has_first) store(head.to_K, part.first, values.vector(0));
-        if (part.has_second) store(head.to_K, part.second, values.vector(1));
+        if (!head.exists || !part.has_first || (!head.query && slot < 0)) continue;
+        T* to_K = head.x_K;
+        if (!head.query) {
+            const int page = slot / p.S, place = slot - page * p.S;
+            to_K = p.cache_P2GSK + ((int64_t(page) * 2 * p.G + h - p.H) * p.S + place) * p.K;  // keys, then values
+        }
+        store(to_K, part.first, values.vector(0));
+        if (part.has_second) store(to_K, part.second, values.vector(1));
     }
 }
 
