@@ -57,6 +57,7 @@ class Arguments {
     const char* op_;
     const Tensor* first_ = nullptr;
     const char* first_name_ = nullptr;
+    std::optional<std::vector<int64_t>> leading_;  // what "..." stands for
     std::vector<Dimension> dimensions_;
 
     static std::string device(const Tensor& t) {
@@ -101,10 +102,9 @@ class Arguments {
         throw std::invalid_argument(text.str());
     }
 
-    // Checks a tensor's shape, e.g. {"T", "D"}, or {"...", "D"} for any leading dimensions, {"B+1"} for one more than
-    // B,
-    // {"2"} for a number; that its device is that of the op's first tensor, and its dtype too, one of
-    // with_float_type's.
+    // Checks a tensor's shape, e.g. {"T", "D"}, or {"...", "D"} for any leading dimensions, the same in all tensors,
+    // {"B+1"} for one more than B, {"2"} for a number; that its device is that of the op's first tensor, and its dtype
+    // too, one of with_float_type's.
     void tensor(const char* name, const Tensor& t, std::initializer_list<const char*> shape_names) {
         if (!first_) {
             first_ = &t, first_name_ = name;
@@ -125,6 +125,12 @@ class Arguments {
         std::string expected;
         for (const char* n : shape_names) expected += (expected.empty() ? "" : ", ") + std::string(n);
         if (leading ? skipped < 0 : skipped != 0) fail(name, " must have shape [", expected, "], but has ", shape(t));
+        if (leading) {
+            const std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().begin() + skipped);
+            if (!leading_) leading_ = sizes;
+            if (*leading_ != sizes)
+                fail(name, " of shape ", shape(t), " has other leading dimensions than ", first_name_);
+        }
         for (int64_t i = 0; i < named; ++i) {
             std::string dimension = shape_names.begin()[i + leading];
             int64_t size = t.size(skipped + i);

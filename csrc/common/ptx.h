@@ -60,6 +60,8 @@ __device__ inline uint4 load_once(const void* p) {
         v = *static_cast<const uint4*>(p));
     return v;
 }
+// What was computed from v before is computed again where it is needed after, instead of taking registers in between.
+__device__ inline void forget_derived(uint4& v) { PTX(("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)), (void)v); }
 __device__ inline void prefetch_l2(const void* p) { PTX(("prefetch.global.L2 [%0];" ::"l"(p)), (void)p); }
 
 // Hides from the compiler what it knows of x: what follows from x is computed again, not kept in registers.

@@ -10,5 +10,16 @@ struct Rows {
     int64_t stride = 0;        // elements from row to row of a group
     int64_t group_stride = 0;  // elements from group to group
 
-    __device__ int64_t offset(int row) const { return row / group * group_stride + row % group * stride; }
+    __device__ int64_t offset(int row) const {
+        if (group == count) return row * stride;  // spares the division
+        return row / group * group_stride + row % group * stride;
+    }
 };
+
+// So many threads side by side that n are among them and shuffles work: a power of two up to 32, or whole warps.
+inline int whole_threads(int n) {
+    if (n > 32) return (n + 31) / 32 * 32;
+    int threads = 1;
+    while (threads < n) threads *= 2;
+    return threads;
+}

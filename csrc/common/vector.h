@@ -3,6 +3,18 @@
 
 #include "common/device.h"
 
+__device__ inline float2 to_floats(float2 v) { return v; }
+__device__ inline float2 to_floats(__half2 v) { return __half22float2(v); }
+// By the bits: a bfloat16 is the upper half of a float, and halves of their own would each take a register.
+__device__ inline float2 to_floats(__nv_bfloat162 v) {
+    const unsigned both = reinterpret_cast<const unsigned&>(v);
+    return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+}
+
+__device__ inline void from_floats(float2& pair, float2 v) { pair = v; }
+__device__ inline void from_floats(__half2& pair, float2 v) { pair = __float22half2_rn(v); }
+__device__ inline void from_floats(__nv_bfloat162& pair, float2 v) { pair = __float22bfloat162_rn(v); }
+
 template <class T>
 struct PairOf;
 template <>
@@ -17,14 +29,6 @@ template <>
 struct PairOf<__nv_bfloat16> {
     using type = __nv_bfloat162;
 };
-
-__device__ inline float2 to_floats(float2 v) { return v; }
-__device__ inline float2 to_floats(__half2 v) { return __half22float2(v); }
-__device__ inline float2 to_floats(__nv_bfloat162 v) { return __bfloat1622float2(v); }
-
-__device__ inline void from_floats(float2& pair, float2 v) { pair = v; }
-__device__ inline void from_floats(__half2& pair, float2 v) { pair = __float22half2_rn(v); }
-__device__ inline void from_floats(__nv_bfloat162& pair, float2 v) { pair = __float22bfloat162_rn(v); }
 
 template <class T>
 struct Vector {

@@ -1,11 +1,13 @@
 """Comparison with float64 references, and the reference that three ops share."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from pyllama.ops.registry import implementation
 
 
 def assert_close(
@@ -73,6 +75,11 @@ def attention_of_sequence(
 def refused(message: str) -> AbstractContextManager[object]:
     """Bad arguments raise ValueError, in eager bodies and in kernels. message: a regular expression."""
     return pytest.raises(ValueError, match=message)
+
+
+def refused_by_kernels(op: str, device: str, message: str) -> AbstractContextManager[object]:
+    """What eager bodies do and kernels raise ValueError for."""
+    return nullcontext() if implementation(op, device) == "eager" else refused(f"{op}: {message}")
 
 
 def numpy(x: Tensor) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from comparing import assert_close, int32, numpy, poisoned, refused
+from comparing import assert_close, int32, numpy, poisoned, refused, refused_by_kernels
 from test_rms_norm import reference as normalised
 from test_rope import reference as rotated
 from test_rope import table
@@ -26,8 +26,25 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
 @pytest.mark.parametrize("R", [None, 64, 32])
 @pytest.mark.parametrize(("T", "H", "G"), [(1, 4, 4), (9, 6, 2), (5, 8, 1), (0, 4, 2), (40, 4, 2)])
 def test_formula(T: int, H: int, G: int, R: int | None, norm: bool, dtype: torch.dtype, device: str) -> None:
-    K, S, P = 64, 16, 8
-    qkv = torch.randn(T, (H + 2 * G) * K, dtype=dtype, device=device)
+    check(T, H, G, 64, R, norm, R == 32, dtype, device)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("H", "G", "K", "R"),
+    [(3, 1, 32, 16), (28, 4, 128, 128), (4, 2, 96, 32), (5, 1, 72, 48), (32, 4, 256, 256), (1, 1, 8, None)],
+)
+def test_head_sizes(H: int, G: int, K: int, R: int | None, interleaved: bool, dtype: torch.dtype, device: str) -> None:
+    """Also an odd number of vectors, several tokens to a block, and more heads than a block has."""
+    check(6, H, G, K, R, True, interleaved, dtype, device)
+
+
+def check(
+    T: int, H: int, G: int, K: int, R: int | None, norm: bool, interleaved: bool, dtype: torch.dtype, device: str
+) -> None:
+    """The op on T random tokens, whose rows lie apart, a quarter of them not to be stored, against the reference."""
+    S, P = 12, 9
+    qkv = torch.randn(T, (H + 2 * G) * K + 32, dtype=dtype, device=device)[:, 16:-16]
     cache = poisoned(P, 2, G, S, K, dtype=dtype, device=device)
     positions = torch.randint(100, (T,), dtype=torch.int32, device=device)
     slots = torch.randperm(P * S)[:T].int().to(device)
@@ -37,8 +54,7 @@ def test_formula(T: int, H: int, G: int, R: int | None, norm: bool, dtype: torch
     cos_sin = None if R is None else table(100, R).to(device)
     weights = tuple(torch.randn(2, K, dtype=dtype, device=device)) if norm else (None, None)
 
-    heads = qkv.view(T, H + 2 * G, K).clone()
-    interleaved = R == 32
+    heads = qkv.unflatten(1, (H + 2 * G, K)).clone()
     expected = {
         part: prepared(heads[:, begin:end], weight, cos_sin, positions, interleaved)
         for part, begin, end, weight in (("q", 0, H, weights[0]), ("k", H, H + G, weights[1]))
@@ -50,7 +66,7 @@ def test_formula(T: int, H: int, G: int, R: int | None, norm: bool, dtype: torch
             expected_cache[slot // S, 1, :, slot % S] = numpy(heads[t, H + G :])
 
     norm_rope_store_(qkv, cache, positions, slots, cos_sin, *weights, 1e-5, interleaved)
-    assert_close(qkv[:, : H * K].view(T, H, K), expected["q"])
+    assert_close(qkv[:, : H * K].unflatten(1, (H, K)), expected["q"])
     written = torch.from_numpy(~np.isnan(expected_cache))
     assert torch.equal(~cache.isnan().cpu(), written)
     assert_close(cache.cpu()[written], torch.from_numpy(expected_cache)[written])
@@ -72,6 +88,21 @@ def test_one_weight_alone(device: str) -> None:
     norm_rope_store_(qkv, cache, index, index, k_weight=weight)
     assert_close(qkv.view(3, -1, K)[:, :H], numpy(before[:, :H]))
     assert_close(cache[0, 0, 0, :3], normalised(before[:, H], weight, 1e-6))
+
+
+def test_what_the_kernel_does_not_support(device: str) -> None:
+    index = int32(0, 1, device=device)
+    for K in (20, 264):
+        qkv, cache = torch.ones(2, 4 * K, device=device), torch.zeros(3, 2, 1, 4, K, device=device)
+        with refused_by_kernels(
+            "norm_rope_store_", device, f"K, the head size, is {K}, .* a multiple of 8 from 8 to 256"
+        ):
+            norm_rope_store_(qkv, cache, index, index)
+    qkv, cache = torch.ones(2, 4 * 64, device=device), torch.zeros(3, 2, 1, 4, 64, device=device)
+    with refused_by_kernels("norm_rope_store_", device, "cos_sin's last dimension R is 24, .* a multiple of 16"):
+        norm_rope_store_(qkv, cache, index, index, table(9, 24).to(device))
+    with refused_by_kernels("norm_rope_store_", device, "kv_cache must be contiguous"):
+        norm_rope_store_(qkv, cache[::2], index, index)
 
 
 def test_arguments(device: str) -> None:

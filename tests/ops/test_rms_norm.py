@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import assert_close, numpy, refused
+from comparing import assert_close, numpy, refused, refused_by_kernels
 from torch import Tensor
 
 from pyllama.ops.rms_norm import rms_norm
@@ -25,7 +25,13 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> np.ndarray:
     return out.reshape(x.shape)
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (7, 768), (2, 3, 5, 128), (8,), (0, 64), (300, 8), (3, 8192), (2, 20000)])
+SHAPES = [(1, 64), (7, 768), (2, 3, 5, 128), (8,), (0, 64), (300, 8), (3, 8192), (2, 20000)]
+# A thread has one or two vectors of several short rows, four or eight of a long one, and reads the widest rows again.
+SHAPES += [(77, 24), (45, 72), (9, 136), (5, 264), (1, 40008)]
+LARGE = pytest.param((1, 65536), marks=pytest.mark.large)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
 def test_formula(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     x = torch.randn(shape, dtype=dtype, device=device)
     weight = torch.randn(shape[-1], dtype=dtype, device=device)
@@ -51,6 +57,19 @@ def test_strided_rows(dtype: torch.dtype, device: str) -> None:
     out = rms_norm(x, weight, 1e-6)
     assert out.is_contiguous()
     assert_close(out, reference(x, weight, 1e-6))
+
+
+def test_what_the_kernel_does_not_support(device: str) -> None:
+    for D in (12, 65544):
+        with refused_by_kernels(
+            "rms_norm", device, f"D, the last dimension of x, is {D}, .* a multiple of 8 up to 65536"
+        ):
+            rms_norm(torch.ones(2, D, device=device), torch.ones(D, device=device), 1e-6)
+    x, weight = torch.ones(4, 3, 16, device=device), torch.ones(8, device=device)
+    with refused_by_kernels("rms_norm", device, "x must have every row at a multiple of 16 bytes"):
+        rms_norm(x[:, :, 1:9], weight, 1e-6)
+    with refused_by_kernels("rms_norm", device, "x must be contiguous"):
+        rms_norm(x[:, :, ::2], weight, 1e-6)
 
 
 def test_agrees_with_torch() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from comparing import assert_close, int32, numpy, refused
+from comparing import assert_close, int32, numpy, refused, refused_by_kernels
 from torch import Tensor
 
 from pyllama.ops.rope import rope
@@ -33,7 +33,14 @@ def reference(x: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool) 
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("T", "heads", "K", "R"), [(1, 4, 64, 64), (5, 3, 128, 64), (0, 2, 64, 64), (33, 1, 80, 32)])
+@pytest.mark.parametrize(
+    ("T", "heads", "K", "R"),
+    [
+        *[(1, 4, 64, 64), (5, 3, 128, 64), (0, 2, 64, 64), (33, 1, 80, 32)],
+        # an odd number of vectors, more heads than a block has, several tokens to a block, nothing rotated
+        *[(7, 2, 72, 48), (2, 40, 256, 256), (70, 2, 32, 16), (3, 5, 8, 0)],
+    ],
+)
 def test_formula(T: int, heads: int, K: int, R: int, interleaved: bool, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(T, heads, K, dtype=dtype, device=device)
     cos_sin, positions = table(100, R).to(device), torch.randint(100, (T,), dtype=torch.int32, device=device)
@@ -48,6 +55,17 @@ def test_strided_heads(dtype: torch.dtype, device: str) -> None:
     x = torch.randn(5, 6, 64, dtype=dtype, device=device)[:, 1:4]
     cos_sin, positions = table(9, 64).to(device), int32(8, 7, 6, 0, 0, device=device)
     assert_close(rope(x, cos_sin, positions), reference(x, cos_sin, positions, False))
+
+
+def test_what_the_kernel_does_not_support(device: str) -> None:
+    x, positions = torch.ones(2, 3, 64, device=device), int32(0, 1, device=device)
+    for K in (60, 264):
+        with refused_by_kernels("rope", device, f"K, the head size, is {K}, .* a multiple of 8 from 8 to 256"):
+            rope(torch.ones(2, 3, K, device=device), table(9, 16).to(device), positions)
+    with refused_by_kernels("rope", device, "cos_sin's last dimension R is 24, .* a multiple of 16"):
+        rope(x, table(9, 24).to(device), positions)
+    with refused_by_kernels("rope", device, "x must have every row at a multiple of 16 bytes"):
+        rope(x[:, :, 1:17], table(9, 16).to(device), positions)
 
 
 def test_agrees_with_transformers() -> None:
