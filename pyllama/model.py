@@ -16,6 +16,7 @@ from pyllama.layers.layer import Layer
 from pyllama.layers.linear import Linear
 from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import cos_sin_table
+from pyllama.ops.embedding import embedding
 from pyllama.ops.product import product
 from pyllama.ops.registry import cast, compute_dtype
 
@@ -72,7 +73,7 @@ class Model(nn.Module):
         if labels is not None and labels.shape != token_ids.shape:
             raise ValueError(f"labels {list(labels.shape)} must have token_ids' shape {list(token_ids.shape)}")
         batch = Packed.rectangle(sequences, tokens, token_ids.device)
-        x_TD, routings = self._hidden(token_ids.flatten(), batch, None)
+        x_TD, routings = self._hidden(token_ids.flatten().to(torch.int64), batch, None)
         logits = self._logits(x_TD).unflatten(0, (sequences, tokens))
         if labels is None:
             return logits
@@ -91,7 +92,7 @@ class Model(nn.Module):
         return self._logits(x_TD if one_each else x_TD[batch.cu_seqlens[1:] - 1])
 
     def _hidden(self, token_ids: Tensor, batch: Packed, cache: PagedCache | None) -> tuple[Tensor, list[Routing]]:
-        x_TD, residual_TD = self.embedding(token_ids), None
+        x_TD, residual_TD = embedding(self.embedding.weight, token_ids), None
         routings = []
         for i, layer in enumerate(self.layers):
             cos_sin = self._cos_sin_for(self.config.layers[i].attention.rope, batch.max_positions)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyllama.batch import Batch
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
 from pyllama.model import Model
+from pyllama.ops.advance import advance_
 from pyllama.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
 
 PREFILL_TOKENS = 2048  # of one pass: bounds the memory of activations, whatever the prompts' length
@@ -131,9 +132,7 @@ class CachedContext:
 
     def extend(self, tokens_B: Tensor) -> Tensor:
         batch = self._batch
-        batch.positions.copy_(batch.seq_lens)
-        batch.seq_lens.add_(1)
-        torch.gather(self._slots, 1, batch.positions[:, None].long(), out=batch.slots[:, None])
+        advance_(batch.positions, batch.seq_lens, batch.slots, batch.block_table, PAGE_SIZE)
         return self._model.run(tokens_B, batch, self._cache)
 
     def keep(self, rows: Tensor) -> None:
@@ -142,9 +141,6 @@ class CachedContext:
 
     def _decoding_batch(self, seq_lens_B: Tensor) -> Batch:
         """One new token of each sequence; `extend` sets where, step by step, in place."""
-        # The slot of every position, so that a step looks it up with one small operation.
-        offsets_S = torch.arange(PAGE_SIZE, dtype=torch.int32, device=seq_lens_B.device)
-        self._slots = (self._block_table[:, :, None] * PAGE_SIZE + offsets_S).flatten(1)
         return Batch(
             cu_seqlens=torch.arange(len(seq_lens_B) + 1, dtype=torch.int32, device=seq_lens_B.device),
             positions=torch.empty_like(seq_lens_B),

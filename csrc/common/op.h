@@ -114,8 +114,9 @@ class Arguments {
         tensor(name, t, t.scalar_type(), shape_names);
     }
 
-    // The same for a tensor of a dtype of its own; it comes after the first.
+    // The same for a tensor of a dtype of its own.
     void tensor(const char* name, const Tensor& t, ScalarType type, std::initializer_list<const char*> shape_names) {
+        if (!first_) first_ = &t, first_name_ = name;
         if (t.is_cuda() != first_->is_cuda() || t.get_device_index() != first_->get_device_index())
             fail(name, " is on ", device(t), ", but ", first_name_, " is on ", device(*first_));
         if (t.scalar_type() != type) fail(name, " must have ", dtype(type), ", but has ", dtype(t.scalar_type()));
@@ -156,6 +157,10 @@ class Arguments {
     const T* data(const char* name, const Tensor& t) const {
         if (!t.is_contiguous()) fail(name, " must be contiguous: call .contiguous() on it");
         return static_cast<const T*>(t.const_data_ptr());
+    }
+    template <class T>
+    T* mutable_data(const char* name, const Tensor& t) const {
+        return const_cast<T*>(data<T>(name, t));
     }
 
     // The size of a dimension that a tensor was checked with.
