@@ -74,6 +74,27 @@ def test_formula(
     )
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_heads_of_long_caches(n: int, K: int, dtype: torch.dtype, chosen: Implementation) -> None:
+    """So many blocks that keys are not split: each goes through many stretches of keys."""
+    G, S, P, device, seq_lens = 6, 64, 20, chosen.device, [600, n, 331]
+    table, cache = paged(seq_lens, P, S), poisoned(P, 2, G, S, K, dtype=dtype, device=device)
+    q = torch.randn(3 * n, G, K, dtype=dtype, device=device)
+    expected, largest = [], 0.0
+    for q_nHK, pages, length in zip(q.split(n), table, seq_lens, strict=True):
+        kv = torch.randn(2, length, G, K, dtype=dtype, device=device)
+        for i in range(0, length, S):
+            tokens = kv[:, i : i + S]
+            cache[pages[i // S], :, :, : tokens.shape[1]] = tokens.transpose(1, 2)
+        expected.append(torch.from_numpy(attention_of_sequence(numpy(q_nHK), *numpy(kv), K**-0.5)))
+        largest = max(largest, rounded_weights(chosen.name, kv[1]))
+    cu, lens = bounds([n] * 3, device), int32(*seq_lens, device=device)
+    out = paged_attention(q, cache, table.to(device), cu, lens, n)
+    assert_close(out, torch.cat(expected), rounded_within=largest)
+
+
 @pytest.mark.parametrize(("n", "H"), [(1, 4), (1, 20), (3, 4)])
 @pytest.mark.parametrize("K", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
