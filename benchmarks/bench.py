@@ -27,11 +27,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # 
 
 
 class Case(NamedTuple):
-    """One row: which model has these sizes, what they are in words, and the sizes by name."""
+    """One row: which model has these sizes, what they are in words, and the sizes (and options, if any) by name."""
 
     model: str
     what: str
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, float]
 
 
 class Work(NamedTuple):
@@ -76,7 +76,8 @@ class Bench:
     formula: the same in plain torch, which `torch.compile` gets; it must not write into its inputs. torch: the best
     that eager torch has; None: the formula. peers: by name, a `Peer` or a function of torch's own. reference: what the
     result must be close to, in float64; it may be the last rows only; None: the formula on inputs in float64.
-    checked: False where results may rightly differ (samples).
+    right: where results may rightly differ (samples), instead of a reference: (result, *inputs) -> whether each part of
+    the result is right, bool.
     """
 
     op: str
@@ -88,7 +89,7 @@ class Bench:
     torch: Callable[..., Any] | None = None
     peers: Mapping[str, Peer | Callable[..., Any]] = field(default_factory=dict)
     reference: Callable[..., Any] | None = None
-    checked: bool = True
+    right: Callable[..., Tensor] | None = None
 
 
 def benches() -> dict[str, Bench]:
@@ -99,7 +100,7 @@ def benches() -> dict[str, Bench]:
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:
     """One case for all of equal sizes, which names all their models."""
-    same: dict[tuple[tuple[str, int], ...], list[Case]] = {}
+    same: dict[tuple[tuple[str, float], ...], list[Case]] = {}
     for case in cases:
         same.setdefault(tuple(sorted(case.sizes.items())), []).append(case)
     for group in same.values():
@@ -170,22 +171,38 @@ def row_of(op: str, case: Case, work: Work, limit_amount: int, seconds: Mapping[
     }
 
 
+def check_of(bench: Bench, inputs: tuple[Any, ...], dtype: torch.dtype) -> Callable[[Any], None]:
+    """A function that raises ValueError for a result that is not right on these inputs."""
+    if (right := bench.right) is not None:
+
+        def judge(result: Any) -> None:
+            found = right(result, *inputs)
+            if not found.all():
+                raise ValueError(f"its result is wrong in {int((~found).sum())} of {found.numel()} places")
+
+        return judge
+
+    reference = bench.reference or (lambda *args: bench.formula(*_copied(args, torch.float64)))
+    expected = _tensors(reference(*inputs))
+
+    def compare(result: Any) -> None:
+        if not (off := _error(_tensors(result), expected)) <= TOLERANCE[dtype]:
+            raise ValueError(f"its result is off by {off:.1e} of the largest value")
+
+    return compare
+
+
 def _agreeing(bench: Bench, inputs: tuple[Any, ...], dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The contenders by name, with those peers that are installed, whose results are the reference's.
+    """The contenders by name, with those peers that are installed, whose results are right.
 
     Of the others a line says why they are left out, which may be another library's fault or too little memory.
     """
-    if bench.checked:
-        reference = bench.reference or (lambda *args: bench.formula(*_copied(args, torch.float64)))
-        expected = _tensors(reference(*inputs))
+    check = check_of(bench, inputs, dtype)
     for name, find in _contenders(bench, inputs).items():
         try:
             if (function := find()) is None:
                 continue
-            if bench.checked:
-                result = function(*(_copied(inputs) if OPS[bench.op].mutates else inputs))
-                if not (off := _error(_tensors(result), expected)) <= TOLERANCE[dtype]:
-                    raise ValueError(f"its result is off by {off:.1e} of the largest value")
+            check(function(*(_copied(inputs) if OPS[bench.op].mutates else inputs)))
         except Exception as error:
             say(f"{name}: {reason(error)}")
             continue

@@ -19,6 +19,8 @@ from benchmarks import bench as framework  # noqa: E402
 from benchmarks.bench import Bench, Case, Work, benches, merged, row_of  # noqa: E402
 from benchmarks.ops.bench_attention import causal_flops  # noqa: E402
 from benchmarks.ops.bench_rms_norm import BENCH as RMS_NORM  # noqa: E402
+from benchmarks.ops.bench_sample import BENCH as SAMPLE  # noqa: E402
+from benchmarks.ops.bench_sample import OPTIONS, Options, kept  # noqa: E402
 from benchmarks.results import Results, table  # noqa: E402
 from benchmarks.shapes import MODELS, SCOPES  # noqa: E402
 
@@ -74,6 +76,8 @@ def test_unknown_ops_are_named() -> None:
             {"B": 1, "n": 64, "m": 64, "H": 4, "G": 2, "K": 8},
             Work(moved=2 * 64 * (2 + 4) * 8 * 2, flops=4 * 4 * 8 * 64 * 65 // 2, limit="product"),
         ),
+        # logits of 2 sequences
+        ("sample", {"B": 2, "V": 8, "spread": 4, "top_k": 3}, Work(moved=32, flops=64, limit="read")),
     ],
 )
 def test_work_is_counted_right(op: str, sizes: dict[str, int], expected: Work) -> None:
@@ -103,13 +107,10 @@ class TestEachBenchmark:
         bench = benches()[name]
         case = next(iter(merged(bench.cases(SMALL))))
         inputs = bench.inputs(torch.float32, **case.sizes)
+        check = framework.check_of(bench, inputs, torch.float32)
         with torch.no_grad():
             for function in (bench.pyllama, bench.torch or bench.formula, bench.formula):
-                result = framework._tensors(function(*framework._copied(inputs)))
-                if bench.checked:
-                    reference = bench.reference or bench.formula
-                    expected = framework._tensors(reference(*framework._copied(inputs, torch.float64)))
-                    assert framework._error(result, expected) <= framework.TOLERANCE[torch.float32]
+                check(function(*framework._copied(inputs)))
 
 
 def test_equal_sizes_are_one_case() -> None:
@@ -146,6 +147,35 @@ def test_contenders_that_err_are_left_out(monkeypatch: pytest.MonkeyPatch, capsy
     said = capsys.readouterr().out
     assert "copying: ValueError: its result is off by" in said
     assert "raising: RuntimeError: no such kernel" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_samples_are_among_the_tokens_that_filters_keep(options: Options, dtype: torch.dtype) -> None:
+    inputs = SAMPLE.inputs(dtype, B=64, V=400, spread=1, **options._asdict())
+    check = framework.check_of(SAMPLE, inputs, dtype)
+    check(SAMPLE.pyllama(*inputs))
+    check(SAMPLE.formula(*inputs))
+    wrong = inputs[0].argmin(-1) if options != OPTIONS["temperature"] else torch.full((64,), 400)
+    with pytest.raises(ValueError, match="wrong in 64 of 64 places"):
+        check(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Options(temperature=0.0), "10001"),  # any of the likeliest
+        (Options(temperature=1.0), "11111"),
+        (Options(temperature=1.0, top_k=3), "10111"),  # the third and its equals
+        (Options(temperature=1.0, top_p=0.7), "10001"),  # the likeliest two have 0.8 together
+        (Options(temperature=1.0, top_p=0.81), "10111"),
+        (Options(temperature=1.0, min_p=0.2), "10111"),
+        (Options(temperature=1.0, top_k=2, top_p=0.99), "10001"),
+    ],
+)
+def test_what_filters_keep(options: Options, expected: str) -> None:
+    logits = torch.tensor([0.4, 0.02, 0.09, 0.09, 0.4]).log().expand(5, 5)
+    assert "".join(str(int(right)) for right in kept(torch.arange(5), logits, options)) == expected
 
 
 KEYS = {  # a Model's field: what it may be called in a config.json

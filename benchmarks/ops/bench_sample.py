@@ -1,35 +1,22 @@
-"""sample beside torch and, where it is installed, flashinfer.
+"""sample: every kind of filter on the models' vocabularies, against one read of the logits.
 
-    python benchmarks/ops/bench_sample.py [--output benchmarks/results]
-
-The limit is one read of as many bytes as the logits have, in the same run. Ratios are other time / pyllama's time.
-Logits are normal with a spread of 4, which leaves a few likely tokens, as a model does; of 1, which leaves thousands.
+Logits are normal. A spread of 4 leaves a few likely tokens, as a model does; of 1 ("flat") thousands. Contenders draw
+their own noise, so that a token is right where the filters keep it.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1]))
-from limits import read
-from results import Results
-from timing import Contender, seconds_per_call, sets_past_l2
-
-from pyllama.ops.registry import eager, implementation
+from benchmarks.bench import Bench, Case, Peer, Work
+from benchmarks.shapes import Scope
 from pyllama.ops.sample import sample
 
-VOCABULARIES = [32000, 128256, 151936]
-BATCHES = [1, 16, 64]
-BLOCK = 1024  # of the reading kernel, in float32
+SLACK = 1e-5  # in probability, at the filters' edges: what float32 rounds
 
 
 class Options(NamedTuple):
@@ -38,14 +25,6 @@ class Options(NamedTuple):
     top_p: float = 1.0
     min_p: float = 0.0
 
-    def tensors(self, B: int) -> dict[str, Tensor]:
-        dtypes = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
-        given = {
-            name: torch.full((B,), value, dtype=dtypes[name], device="cuda") for name, value in self._asdict().items()
-        }
-        counting = torch.arange(B, device="cuda")
-        return {**given, "seed": counting, "step": torch.zeros_like(counting)}
-
 
 OPTIONS = {
     "greedy": Options(temperature=0.0),
@@ -53,107 +32,119 @@ OPTIONS = {
     "top_k": Options(top_k=50),
     "top_p": Options(top_p=0.9),
     "min_p": Options(min_p=0.05),
-    "top_k_top_p": Options(top_k=50, top_p=0.9),
+    "top_k + top_p": Options(top_k=50, top_p=0.9),
 }
+FLAT = ("temperature", "top_k", "top_p")
 
 
-def formula(logits: Tensor, options: Options) -> Tensor:
-    """The same in torch, filters by sorting; the draw is multinomial's, without its look at the values on the host."""
-    if options.temperature == 0:
-        return logits.argmax(-1)
-    scores = logits.float() / options.temperature
-    if options.top_k:
-        scores = scores.masked_fill(scores < scores.topk(options.top_k).values[:, -1:], float("-inf"))
-    if options.top_p < 1:
-        ordered, order = scores.sort(-1, descending=True)
-        likely = ordered.softmax(-1)
-        dropped = likely.cumsum(-1) - likely >= options.top_p
-        scores = scores.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
-    probabilities = scores.softmax(-1)
-    if options.min_p:
-        probabilities = probabilities * (probabilities >= options.min_p * probabilities.amax(-1, keepdim=True))
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+def cases(scope: Scope) -> Iterator[Case]:
+    def case(model: str, B: int, name: str, spread: int) -> Case:
+        V = scope.models[model].V
+        flat = ", flat" if spread == 1 else ""
+        sizes = {"B": B, "V": V, "spread": spread, **OPTIONS[name]._asdict()}
+        return Case(model, f"{B} x {V}, {name}{flat}", sizes)
+
+    for model in scope.models:
+        for B in scope.batches:
+            for name in OPTIONS:
+                yield case(model, B, name, 4)
+    for name in FLAT:
+        yield case(next(iter(scope.models)), scope.batches[0], name, 1)
 
 
-def flashinfer_sampler(flashinfer: ModuleType, options: Options) -> Callable[[Tensor], Tensor] | None:
-    """flashinfer's function for the options: from logits to tokens."""
-    _, k, p, min_p = options
-
-    def probabilities(logits: Tensor) -> Tensor:
-        return torch.softmax(logits.float() / options.temperature, -1)
-
-    if options.temperature == 0:
-        return None
-    if k and p < 1:
-        return lambda x: flashinfer.top_k_top_p_sampling_from_probs(
-            probabilities(x), k, p, filter_apply_order="top_k_first"
-        )
-    if k:
-        return lambda x: flashinfer.top_k_sampling_from_probs(probabilities(x), k)
-    if p < 1:
-        return lambda x: flashinfer.top_p_sampling_from_probs(probabilities(x), p)
-    if min_p:
-        return lambda x: flashinfer.min_p_sampling_from_probs(probabilities(x), min_p)
-    return lambda x: flashinfer.sampling_from_logits(x.float() / options.temperature)
-
-
-def bench(results: Results, B: int, V: int, name: str, spread: float, flashinfer: ModuleType | None) -> None:
-    options, dtype = OPTIONS[name], torch.bfloat16
-    size = B * V * dtype.itemsize
-    sets = sets_past_l2(size)
-    logits = [(spread * torch.randn(B, V, device="cuda")).to(dtype) for _ in range(sets)]
-    blocks = -(-size // (4 * BLOCK))
-    same_bytes = [torch.ones(blocks * BLOCK, device="cuda") for _ in range(sets)]
-    tensors = options.tensors(B)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(formula, dynamic=False)
-    contenders: dict[str, Contender] = {
-        "pyllama": lambda i: sample(logits[i], **tensors),
-        "read": lambda i: read(same_bytes[i], BLOCK),
-        "torch": lambda i: formula(logits[i], options),
-        "compile": lambda i: compiled(logits[i], options),
-    }
-    if flashinfer and (sampler := flashinfer_sampler(flashinfer, options)):
-        contenders["flashinfer"] = lambda i: sampler(logits[i])
-    seconds = seconds_per_call(contenders, sets)
-
-    tokens = [sample(x, **tensors) for x in logits]
-    with eager():
-        equal = [(ours == sample(x, **tensors)).float().mean() for ours, x in zip(tokens, logits, strict=True)]
-    ours = seconds["pyllama"]
-    results.add(
-        op="sample",
-        dtype=str(dtype).removeprefix("torch."),
-        shape=f"{B}x{V}",
-        options=name,
-        spread=spread,
-        us=round(ours * 1e6, 2),
-        gb_per_s=round(size / ours / 1e9),
-        of_read=round(seconds["read"] / ours, 3),
-        **{f"{other}/ours": round(seconds[other] / ours, 2) for other in seconds if other not in ("pyllama", "read")},
-        as_eager=round(torch.stack(equal).mean().item(), 4),
+def inputs(dtype: torch.dtype, B: int, V: int, spread: int, **options: Any) -> tuple[Any, ...]:
+    """Logits, the options as numbers, and sample's other arguments: the options and seed and step by sequence."""
+    given = Options(**options)
+    seed = torch.arange(B)
+    return (
+        (spread * torch.randn(B, V)).to(dtype),
+        given,
+        torch.full((B,), given.temperature),
+        torch.full((B,), given.top_k, dtype=torch.int32),
+        torch.full((B,), given.top_p),
+        torch.full((B,), given.min_p),
+        seed,
+        torch.zeros_like(seed),
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
-    results = Results(parser.parse_args().output / "sample.jsonl")
-    assert implementation("sample", "cuda") == "cuda", "pyllama was built without nvcc"
-    flashinfer = None
-    try:
-        flashinfer = import_module("flashinfer.sampling")
-    except ImportError:
-        print("flashinfer: not installed")
-    for V in VOCABULARIES:
-        for B in BATCHES:
-            for name in OPTIONS:
-                bench(results, B, V, name, 4.0, flashinfer)
-    for name in ("temperature", "top_k", "top_p"):
-        bench(results, 1, 128256, name, 1.0, flashinfer)
-    results.show("sample; of_read: time of one read of the same bytes / ours; as_eager: share of equal tokens")
+def work(dtype: torch.dtype, B: int, V: int, **others: Any) -> Work:
+    return Work(moved=B * V * dtype.itemsize, flops=4 * B * V, limit="read")
 
 
-if __name__ == "__main__":
-    main()
+def formula(logits: Tensor, options: Options, *tensors: Tensor) -> Tensor:
+    """Filters in the order of a sort, or of top-k's; the draw is multinomial's, less its look at values on the host."""
+    temperature, top_k, top_p, min_p = options
+    if temperature == 0:
+        return logits.argmax(-1)
+    order = None
+    if top_k:
+        logits, order = logits.topk(top_k)
+    elif top_p < 1:
+        logits, order = logits.sort(-1, descending=True)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        likelier = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(likelier >= top_p, 0.0)
+    if min_p:
+        probabilities = probabilities * (probabilities >= min_p * probabilities.amax(-1, keepdim=True))
+    drawn = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+    return drawn if order is None else order.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+def kept(tokens: Tensor, logits: Tensor, options: Options, *tensors: Tensor) -> Tensor:
+    """Whether the filters keep each of the tokens, [B]; in float64."""
+    temperature, top_k, top_p, min_p = options
+    B, V = logits.shape
+    tokens = tokens.long().view(B, 1)
+    known = tokens.clamp(0, V - 1)
+    scores = logits.double()
+    scores = (scores - scores.amax(-1, keepdim=True)) / (temperature or 1.0)
+    chosen = scores.gather(-1, known)
+    if temperature == 0:
+        right = chosen == 0
+    else:
+        edge = scores.topk(top_k or V).values[:, -1:]
+        likelier = scores.masked_fill(scores < edge, float("-inf")).softmax(-1).masked_fill(scores <= chosen, 0.0)
+        right = chosen >= edge - SLACK
+        right &= likelier.sum(-1, keepdim=True) < top_p + SLACK
+        right &= chosen.exp() >= min_p - SLACK
+    return (right & (tokens == known)).squeeze(-1)
+
+
+def flashinfer_for(sampling: Any, logits: Tensor, options: Options, *tensors: Tensor) -> Callable[..., Tensor] | None:
+    """flashinfer's functions for the options, from logits and temperatures; None for greedy ones, which it lacks."""
+    temperature, top_k, top_p, min_p = options
+    if temperature == 0:
+        return None
+
+    def of(draw: Callable[..., Tensor], *args: float, **more: str) -> Callable[..., Tensor]:
+        return lambda logits, temperatures: draw(sampling.softmax(logits, temperatures), *args, **more)
+
+    if top_k and top_p < 1:
+        return of(sampling.top_k_top_p_sampling_from_probs, top_k, top_p, filter_apply_order="top_k_first")
+    if top_k:
+        return of(sampling.top_k_sampling_from_probs, top_k)
+    if top_p < 1:
+        return of(sampling.top_p_sampling_from_probs, top_p)
+    if min_p:
+        return of(sampling.min_p_sampling_from_probs, min_p)
+    return lambda logits, temperatures: sampling.sampling_from_logits(logits.float() / temperatures.unsqueeze(1))
+
+
+BENCH = Bench(
+    op="sample",
+    cases=cases,
+    inputs=inputs,
+    work=work,
+    pyllama=lambda logits, options, *tensors: sample(logits, *tensors),
+    formula=formula,
+    peers={
+        "flashinfer": Peer(
+            "flashinfer:sampling",
+            lambda function, logits, options, temperatures, *others: function(logits, temperatures),
+            flashinfer_for,
+        )
+    },
+    right=kept,
+)
