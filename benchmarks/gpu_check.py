@@ -30,10 +30,18 @@ sys.path.append(str(ROOT))  # this file is started as a script, before it is kno
 TARGET = ROOT / "build" / "gpu-check"  # where the wheel is unpacked
 STAGES = ("test", "bench", "sanitize", "model")
 STAGE_SECONDS = 520
+START_SECONDS = 40  # for what pytest needs before its first test and after its last, under a sanitizer
+SEEDS = (1, 2)  # of the ops' random inputs, beside 0
+ON_KERNELS = "cuda-cuda"  # in the names of those of the ops' tests that run kernels
+SANITIZED = f"{ON_KERNELS} and not float16 or {ON_KERNELS} and bfloat16"  # float16 is bfloat16's code
 CASE_SECONDS = 30  # for what an op's benchmark needs beside the time in which it starts cases: imports, the last case
 TIMED_OUT = 124
 MAX_CHARACTERS = 10_000
 MODULES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "rich", "typer", "pytest")
+MODULES += ("transformers",)  # the tests make tiny models with it
+TESTS = ROOT / "tests"
+CONFORMANCE = TESTS / "emulator" / "conformance.cu"
+GOLDEN = CONFORMANCE.with_suffix(".golden")
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Step:
     command: list[str | Path]
     verdict: Callable[[int, str], str]
     rows: str | None = None  # the file of --out to which it appends
+    log: str | None = None  # the file of --out that has its output; None: <stage>_<step>.log
+    seconds: float = STAGE_SECONDS  # at most, where the stage has as many left
 
 
 def last_line(output: str) -> str:
@@ -72,6 +82,41 @@ def by_text(status: int, output: str) -> str:
     return f"{verdict}: {run['device']} {run['dtype']}, {speed:.0f} tokens/s, {completion['text'][:60]!r}"
 
 
+def by_golden(digest_file: Path) -> Callable[[int, str], str]:
+    """The verdict on conformance's output: the same, section by section, as was recorded on an earlier GPU."""
+    sys.path.append(str(CONFORMANCE.parent))
+    from conformance import differences, digest
+
+    def verdict(status: int, output: str) -> str:
+        if status:
+            return by_status(status, output)
+        digest_file.write_text(digest(output))
+        if not GOLDEN.exists():
+            return f"passed: nothing to compare with yet; record {digest_file.name} as {GOLDEN.relative_to(ROOT)}"
+        different = differences(digest(output), GOLDEN.read_text())
+        if different:
+            return f"failed: {len(different)} sections differ: {'; '.join(different)}"
+        return "passed: as recorded"
+
+    return verdict
+
+
+def conformance(out: Path) -> Iterator[Step]:
+    """What each primitive of csrc/common computes, compared with what the emulator is held against."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        return  # it is of instructions that sm_90a alone has
+    path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
+    compiler = shutil.which("nvcc", path=path) or "nvcc"
+    program = TARGET / "conformance"
+    command: list[str | Path] = [compiler, "-std=c++17", "-O2", "-gencode=arch=compute_90a,code=sm_90a"]
+    command += ["-I", ROOT / "csrc", '-DPYLLAMA_ARCHITECTURES="sm_90a"']
+    yield Step("conformance-build", [*command, "-o", program, CONFORMANCE], by_status)
+    digest_file = out / "conformance.sm_90.golden"
+    yield Step("conformance", [program], by_golden(digest_file), log="conformance.sm_90.txt")
+
+
 def kernels() -> list[str]:
     return sorted({path.stem.removesuffix("_sm90") for path in (ROOT / "csrc").glob("*.cu")})
 
@@ -79,12 +124,18 @@ def kernels() -> list[str]:
 def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
     """The stage's steps, each made when the one before is over. end: when the stage must be, by `monotonic`."""
     python = sys.executable
-    pytest: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulator", "none"]
     pytest += ["-p", "benchmarks.pytest_rows", "--rows"]
-    tests = [ROOT / "tests" / "ops" / f"test_{name}.py" for name in kernels()]
+    tests = [TESTS / "ops" / f"test_{name}.py" for name in kernels()]
     if stage == "test":
-        command = [*pytest, out / "tests.jsonl", *tests, ROOT / "tests" / "test_extension.py"]
-        yield Step("tests", command, by_status, "tests.jsonl")
+        others = [TESTS / "ops" / "test_graphs.py", TESTS / "models" / "test_emulated.py", TESTS / "test_extension.py"]
+        yield Step("tests", [*pytest, out / "tests.jsonl", *tests, *others], by_status, "tests.jsonl")
+        yield from conformance(out)
+        for done, seed in enumerate(SEEDS):
+            seconds = (end - monotonic()) / (len(SEEDS) - done) - START_SECONDS
+            command = [*pytest, out / "tests.jsonl", "--seconds", f"{max(seconds, 1):.0f}", "--seed", str(seed)]
+            command += ["-k", ON_KERNELS, *tests]
+            yield Step(f"seed-{seed}", command, by_status, "tests.jsonl")
     elif stage == "bench":
         yield Step("limits", [python, "-m", "benchmarks.limits", "--output", out], by_status, "limits.jsonl")
         names = kernels()
@@ -95,15 +146,21 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
     elif stage == "sanitize":
         path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
         sanitizer = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
-        for tool in ("memcheck", "racecheck"):
+        tools = ("memcheck", "racecheck")
+        for done, tool in enumerate(tools):
             rows = f"{tool}.jsonl"
+            seconds = (end - monotonic()) / (len(tools) - done)
             # Without torch's cache every tensor is an allocation of its own, whose bounds the tool knows.
-            command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", tool]
-            yield Step(tool, [*command, *pytest, out / rows, "-k", "cuda-cuda", *tests], by_sanitizer, rows)
+            command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", tool, *pytest, out / rows]
+            command += ["--seconds", f"{max(seconds - START_SECONDS, 1):.0f}"]
+            command += ["-k", SANITIZED, "-m", "not nightly and not large", *tests]
+            yield Step(tool, command, by_sanitizer, rows, seconds=seconds)
     elif stage == "model":
         yield Step("wheel", [python, ROOT / "tests" / "wheel" / "smoke.py"], by_status)
         cli = [python, "-c", "from pyllama.cli import app; app()"]
         yield Step("generate", [*cli, "generate", "demo", "If the file", "--json"], by_text)
+        rows = "model_check.jsonl"
+        yield Step("real-size", [python, "-m", "benchmarks.model_check", "--json", out / rows], by_status, rows)
 
 
 def build(out: Path) -> str:
@@ -221,7 +278,8 @@ def main() -> None:
             rows = out / step.rows if step.rows else None
             offset = rows.stat().st_size if rows and rows.exists() else 0
             since = monotonic()
-            status, output = execute(step.command, out / f"{name}_{step.name}.log", began + STAGE_SECONDS - since)
+            log = out / (step.log or f"{name}_{step.name}.log")
+            status, output = execute(step.command, log, min(step.seconds, began + STAGE_SECONDS - since))
             add(name, step.name, monotonic() - since, step.verdict(status, output))
             if rows and rows.exists():
                 new = read(rows, offset)

@@ -16,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("emulated kernels")
     group.addoption("--emulator", choices=[*SCHEDULES, "none"], help="their flavour [plain, if it is built]")
     group.addoption("--emulator-build", type=Path, default=BUILD, help="the folder where they were built [%(default)s]")
+    parser.addoption("--seed", type=int, default=0, help="of the random inputs of the ops' tests [%(default)s]")
 
 
 def pytest_configure(config: pytest.Config) -> None:

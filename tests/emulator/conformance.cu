@@ -1,5 +1,6 @@
 // Prints what each primitive computes, bit by bit. Build with g++ and with nvcc (sm_90a), run both and
 // compare the two outputs with diff: this is what ties the emulator to the hardware.
+// conformance [seed]: of the schedule of the emulated threads, on which nothing may depend.
 #include <cstdio>
 #include <cstdlib>
 
@@ -14,9 +15,11 @@ static void* allocate(size_t n) {
 static void finish() {
     if (cudaError_t e = cudaDeviceSynchronize()) std::printf("CUDA: %s\n", cudaGetErrorString(e)), std::exit(1);
 }
+static void schedule(const char*) {}  // the device's own
 #else
 static void* allocate(size_t n) { return std::aligned_alloc(256, (n + 255) / 256 * 256); }
 static void finish() {}
+static void schedule(const char* seed) { emu::options().seed = std::strtoull(seed, nullptr, 10); }
 #endif
 
 using bf16 = __nv_bfloat16;
@@ -217,7 +220,8 @@ __global__ void wgmmas(uint32_t* out, const __grid_constant__ CUtensorMap map) {
     one<n, swizzle, half, false, true, true>(out, s);
 }
 
-int main() {
+int main(int count, char** arguments) {
+    if (count > 1) schedule(arguments[1]);
     static auto* out = static_cast<uint32_t*>(allocate(words * 4));
     static auto* data = static_cast<bf16*>(allocate(words * 2));
     static auto* stored = static_cast<bf16*>(allocate(16 * 24 * 2));

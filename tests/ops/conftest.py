@@ -79,9 +79,9 @@ def device(chosen: Implementation) -> str:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Makes torch.empty return NaN (integers: the largest), so that results left unwritten do not pass."""
-    torch.manual_seed(0)
+    torch.manual_seed(request.config.getoption("--seed"))
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

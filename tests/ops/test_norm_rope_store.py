@@ -15,11 +15,11 @@ from pyllama.ops.norm_rope_store import norm_rope_store_
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    H, G, K = 4, 2, 8
+    H, G, K = 4, 2, 16
     tokens = torch.randn(5, (H + 2 * G) * K, dtype=dtype), torch.randn(6, 2, G, 4, K, dtype=dtype)
     positions, slots = int32(3, 4, 5, 0, 19), int32(3, 4, 5, -1, 23)
     yield *tokens, positions, slots
-    yield *tokens, positions, slots, table(20, 8), torch.randn(K, dtype=dtype), torch.randn(K, dtype=dtype), 1e-5
+    yield *tokens, positions, slots, table(20, 16), torch.randn(K, dtype=dtype), torch.randn(K, dtype=dtype), 1e-5
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])

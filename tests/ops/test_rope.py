@@ -17,8 +17,8 @@ def table(positions: int, R: int) -> Tensor:
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    yield torch.randn(3, 2, 8, dtype=dtype), table(20, 8), int32(3, 0, 19)
-    yield torch.randn(3, 2, 8, dtype=dtype), table(20, 4), int32(3, 0, 19), True
+    yield torch.randn(3, 2, 16, dtype=dtype), table(20, 16), int32(3, 0, 19)
+    yield torch.randn(3, 2, 24, dtype=dtype), table(20, 16), int32(3, 0, 19), True
 
 
 def reference(x: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool) -> np.ndarray:

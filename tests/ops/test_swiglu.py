@@ -11,7 +11,7 @@ from pyllama.ops.swiglu import swiglu
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    yield (torch.randn(3, 8, dtype=dtype),)
+    yield (torch.randn(3, 16, dtype=dtype),)
     yield (torch.randn(2, 1, 10, dtype=dtype),)
 
 

@@ -1,0 +1,124 @@
+"""A random model of a real one's size: kernels beside eager bodies, in what they compute and how long they take.
+
+    python -m benchmarks.model_check [--config tests/configs/Llama-3.2-1B-Instruct] [--tokens 64] [--json rows.jsonl]
+
+Both write greedily after the same prompt. In bfloat16 a near tie ends their agreement sooner or later, so the verdict
+is on logits of given tokens: the kernels' may be no further from the eager model's in float32 than the eager model's
+in bfloat16, up to a factor. Exits with 1 if they are. Without a GPU it runs eager bodies against themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+import pyllama
+from benchmarks.results import Results
+from pyllama.architectures import read_config
+from pyllama.batch import Batch
+from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
+from pyllama.config import ModelConfig
+from pyllama.model import Model
+from pyllama.ops.registry import OPS, implementation
+
+CONFIG = Path(__file__).parents[1] / "tests" / "configs" / "Llama-3.2-1B-Instruct"
+PROMPT_TOKENS = 100  # more than a page of the cache
+ERROR_FACTOR = 1.25
+
+
+def random_model(config: ModelConfig, device: str, dtype: torch.dtype, seed: int = 0) -> Model:
+    """Weights as at the start of training: sublayers keep their inputs' size, tied embeddings do not repeat tokens."""
+    with torch.device("meta"):
+        model = Model(config)
+    model = model.to(dtype).to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.fill_(1.0)
+            else:
+                std = 0.02 if name.startswith("embedding") else weight.shape[-1] ** -0.5
+                weight.normal_(std=std, generator=generator)
+    return model
+
+
+@torch.inference_mode()
+def logits_of_given(model: Model, prompt: list[int], tokens: list[int]) -> Tensor:
+    """[len(tokens), V]: before each token, the prompt in one pass and the tokens one by one, as in generation."""
+    pages = pages_for(len(prompt) + len(tokens))
+    cache = PagedCache(model.config, pages, model.device, model.dtype)
+    block_table = torch.tensor([cache.allocate(pages)], dtype=torch.int32, device=model.device)
+    logits, done = [], 0
+    for new in (prompt, *([token] for token in tokens[:-1])):
+        done += len(new)
+        batch = Batch.from_lengths([len(new)], [done], block_table, PAGE_SIZE)
+        logits.append(model.run(torch.tensor(new, device=model.device), batch, cache))
+    return torch.cat(logits)
+
+
+def compare(
+    model: Model,
+    tokens: int,
+    kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A row; "passed" is the verdict. The model is in half precision. kernels: inside, the kernels run, as they do by
+    themselves on a GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(model.config.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
+
+    def written() -> tuple[list[int], float]:
+        pyllama.generate(model, prompt, max_new_tokens=3, ignore_eos=True)  # warms up
+        out = pyllama.generate(model, prompt, max_new_tokens=tokens, ignore_eos=True)
+        return out.token_ids, 1e3 * out.generation_seconds / (tokens - 1)
+
+    with pyllama.eager():
+        eager_tokens, eager_ms = written()
+        eager = logits_of_given(model, prompt, eager_tokens).float()
+        exact = logits_of_given(copy.deepcopy(model).float(), prompt, eager_tokens)
+    with kernels():
+        found_tokens, found_ms = written()
+        found = logits_of_given(model, prompt, eager_tokens).float()
+        on_kernels = sum(implementation(op, model.device) != "eager" for op in OPS)
+    spread = exact.std()
+    errors = [((x - exact).square().mean().sqrt() / spread).item() for x in (found, eager)]
+    agree = [ours == theirs for ours, theirs in zip(found_tokens, eager_tokens, strict=True)]
+    return {
+        "passed": errors[0] <= ERROR_FACTOR * errors[1],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "ops_with_kernel": on_kernels,
+        "tokens": tokens,
+        "leading_tokens_equal": [*agree, False].index(False),
+        "worst_difference": ((found - eager).abs().max() / spread).item(),  # in spreads, as are the errors
+        "error": errors[0],
+        "eager_error": errors[1],
+        "ms_per_token": found_ms,
+        "eager_ms_per_token": eager_ms,
+    }
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="folder with a config.json")] = CONFIG,
+    tokens: Annotated[int, typer.Option(min=2)] = 64,
+    rows: Annotated[Path | None, typer.Option("--json", help="append the row to this file")] = None,
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    read, _ = read_config(json.loads((config / "config.json").read_text()))
+    results = Results(rows)
+    row = compare(random_model(read, device, torch.bfloat16), tokens)
+    results.add(model=config.name, **{k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+    results.show("bfloat16, greedy, batch 1; differences in standard deviations of the logits")
+    raise SystemExit(not row["passed"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,193 @@
+"""Whole tiny dense models on the kernels, emulated and on a GPU, against eager bodies and a float64 model.
+
+H query heads, G key/value heads, K head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from emulated import EMULATOR
+from families import randomize
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyllama
+from pyllama import _C, step
+from pyllama.batch import Batch
+from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
+from pyllama.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig, RopeConfig
+from pyllama.model import Model
+from pyllama.ops.registry import OPS, implementation
+
+V = 211
+SEEDS = 0, 1  # of the emulated threads' schedules: in order, and at random; the ops' own tests run more
+ERROR_FACTOR = 1.25  # of errors' root mean squares; rounding at other places is as likely to help as to hurt
+SERVING = {"embedding", "rms_norm", "add_rms_norm_", "norm_rope_store_", "paged_attention", "swiglu"}
+WHOLE = {"embedding", "rms_norm", "add_rms_norm_", "rope", "attention", "swiglu"}
+
+
+class Kernels(NamedTuple):
+    device: str
+    ops: tuple[str, ...]  # those that have a kernel
+    active: Callable[[], AbstractContextManager[None]]  # inside, they run
+
+
+IMPLEMENTATIONS = [
+    *(pytest.param(("cpu", seed), id=f"emulated-cpu-{seed}") for seed in SEEDS),
+    pytest.param(
+        ("cuda", 0),
+        id="cuda-cuda",
+        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+    ),
+]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    device, seed = request.param
+    if device == "cuda":
+        return Kernels("cuda", _C.ops, nullcontext)
+    emulator = request.config.stash[EMULATOR]
+    if emulator is None or seed not in emulator.seeds:
+        pytest.skip("no emulated kernels for it")
+    return Kernels("cpu", emulator.ops, partial(emulator.enabled, seed))
+
+
+class Case(NamedTuple):
+    """What distinguishes a model."""
+
+    hidden_size: int
+    H: int
+    G: int
+    K: int
+    windows: Sequence[int | None]  # of each layer
+    options: dict[str, Any] = {}  # noqa: RUF012  # of GQAConfig
+
+
+CASES = {
+    "32": Case(64, 4, 2, 32, (None, None)),
+    "64-window": Case(128, 4, 1, 64, (9, 70), {"qkv_bias": True}),
+    "64-norm": Case(64, 2, 2, 64, (None, 33), {"qk_norm": True}),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=list(CASES))
+def model(request: pytest.FixtureRequest) -> Model:
+    case: Case = request.param
+    layers = tuple(
+        LayerConfig(
+            GQAConfig(case.H, case.G, case.K, RopeConfig(10_000.0, case.K), window, **case.options), MLPConfig(96)
+        )
+        for window in case.windows
+    )
+    torch.manual_seed(0)
+    model = Model(ModelConfig(V, case.hidden_size, 512, 1e-5, case.hidden_size == 64, layers)).eval()
+    with torch.no_grad():
+        randomize(dict(model.named_parameters()))
+    return model
+
+
+class Called(TorchDispatchMode):
+    """Inside, the ops that are called are noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.name().removeprefix("pyllama::"))
+        return function(*args, **(kwargs or {}))
+
+
+def sequences_of(*lengths: int) -> list[list[int]]:
+    pick = random.Random(sum(lengths))
+    return [[pick.randrange(V) for _ in range(length)] for length in lengths]
+
+
+@contextmanager
+def serving(kernels: Kernels, ops: set[str]) -> Iterator[None]:
+    """Inside, every op that has a kernel runs it; these ops must be called, of which some have one."""
+    name = {"cpu": "emulated", "cuda": "cuda"}[kernels.device]
+    with kernels.active(), Called() as called:
+        assert {op for op in OPS if implementation(op, kernels.device) == name} == set(kernels.ops)
+        yield
+    assert called.names >= ops
+    assert ops & set(kernels.ops)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1, "repetition_penalty": 1.1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_float32_writes_eager_tokens(
+    options: dict[str, Any], model: Model, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ragged batch, prefilled in pieces: a pass ends one prompt, continues another, and may begin a third."""
+    monkeypatch.setattr(step, "PREFILL_TOKENS", 50)
+    model.to(kernels.device)
+    prompts = sequences_of(1, 20, PAGE_SIZE, PAGE_SIZE + 1, 33)
+    write = partial(pyllama.generate, model, prompts, max_new_tokens=12, **options)
+    with pyllama.eager():
+        expected = [out.token_ids for out in write()]
+    with serving(kernels, SERVING | {"advance_"} | ({"sample"} if options else set())):  # greedily it is one argmax
+        found = [out.token_ids for out in write()]
+    assert found == expected
+    assert len({tuple(tokens) for tokens in found}) == len(prompts)  # they do not all write the same
+
+
+# New tokens of three sequences, pass by pass: prompts in chunks, prompts beside decoding, decoding alone.
+PASSES = [(64, 30, 0), (7, 1, 5), (1, 40, 1), *[(1, 1, 1)] * 6]
+
+
+@torch.inference_mode()
+def cached_logits(model: Model, sequences: list[list[int]]) -> Tensor:
+    """[N, V]: after each pass, of each sequence's last token. What nobody wrote to the cache must not be read."""
+    width = max(pages_for(len(sequence)) for sequence in sequences)
+    cache = PagedCache(model.config, 3 * width, model.device, model.dtype)
+    for layer in cache.layers:
+        layer.fill_(float("nan"))
+    pages = random.Random(0).sample(range(3 * width), 3 * width)
+    block_table = torch.tensor(pages, dtype=torch.int32, device=model.device).view(3, width)
+    done, logits = [0, 0, 0], []
+    for news in PASSES:
+        active = [b for b in range(3) if news[b]]
+        tokens = [token for b in active for token in sequences[b][done[b] : done[b] + news[b]]]
+        done = [before + new for before, new in zip(done, news, strict=True)]
+        batch = Batch.from_lengths([news[b] for b in active], [done[b] for b in active], block_table[active], PAGE_SIZE)
+        logits.append(model.run(torch.tensor(tokens, device=model.device), batch, cache))
+    return torch.cat(logits)
+
+
+@torch.inference_mode()
+def whole_logits(model: Model, sequences: list[list[int]]) -> Tensor:
+    """[T, V] of the sequences without a cache."""
+    return torch.cat([model(torch.tensor([sequence], device=model.device))[0] for sequence in sequences])
+
+
+@pytest.mark.parametrize(("logits", "ops"), [(cached_logits, SERVING), (whole_logits, WHOLE)])
+def test_bfloat16_is_as_near_to_float64_as_eager(
+    logits: Callable[[Model, list[list[int]]], Tensor], ops: set[str], model: Model, kernels: Kernels
+) -> None:
+    """Logits of given tokens, in mixed batches over a cache and of whole sequences."""
+    model.to(kernels.device, torch.bfloat16)
+    sequences = sequences_of(*(sum(news) for news in zip(*PASSES, strict=True)))
+    with pyllama.eager():
+        exact = logits(copy.deepcopy(model).double(), sequences)
+        eager = logits(model, sequences)
+    with serving(kernels, ops):
+        found = logits(model, sequences)
+    assert found.dtype == torch.bfloat16
+    found_error, eager_error = ((x.double() - exact).square().mean().sqrt().item() for x in (found, eager))
+    assert eager_error < 0.05 * exact.std().item()  # the three are the same model
+    assert found_error <= ERROR_FACTOR * eager_error
