@@ -72,7 +72,11 @@ def _roofline(axes: Axes, limits: Mapping[str, float], by_op: Mapping[str, list[
     points = {
         op: [(row["work"]["flops"] / row["work"]["moved"], row["work"]["flops"] / row["us"] / 1e6) for row in rows]
         for op, rows in by_op.items()
+        if all(row["work"]["flops"] for row in rows)  # a mere move has no place there
     }
+    if not points:
+        axes.set_visible(False)
+        return
     xs, ys = ([point[i] for found in points.values() for point in found] for i in (0, 1))
     left, right, highest = min(xs) / 2, max(xs) * 3, max(ys)
     if "read" in limits and "product" in limits:

@@ -100,7 +100,7 @@ class TestEachBenchmark:
             for case in cases:
                 work = bench.work(torch.bfloat16, **case.sizes)
                 assert work.moved > 0
-                assert work.flops > 0
+                assert work.flops > 0 or (work.flops == 0 and work.limit != "product")  # a mere move
                 assert work.limit in ("read", "copy", "product")
 
     def test_contenders_compute_the_same(self, name: str) -> None:
