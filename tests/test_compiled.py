@@ -21,8 +21,8 @@ class Row(NamedTuple):
     """What kernels may use at most, and the instructions that they consist of, as `instruction` has them.
 
     Registers and shared memory decide how many blocks run on a multiprocessor at once (it has 65536 registers), and
-    so how many loads are in flight while others wait. `registers` is what nvcc 13.0 takes and at most 10% more, but
-    never so much that a block less would fit. `shared` is the static part, in bytes.
+    so how many loads are in flight while others wait. `registers` is what nvcc 13.0 takes and some 10% more at most, in
+    eights as they are allocated, and never so much that a block less would fit. `shared` is the static part, in bytes.
     """
 
     kernel: str  # a pattern of names: "<file>::<kernel><<arguments>>", without file if a header has it
@@ -36,7 +36,23 @@ ATTENTION = "LDGSTS.128 LDSM.4 HMMA.16816.F32 LDG.32 LDG.128 STG.32 STG.64 ATOMG
 
 # A kernel's row is the first that matches.
 TABLE = [
-    Row(r"rms_norm::kernel<.*>", 64, 128, "LDG.128 STG.128 BAR"),
+    # <type, vectors that a thread keeps of a row, add>; rows of one or two are a warp's at most
+    Row(r"norm_rows<\w+, 8, true>", 96, 128, "LDG.128 STG.128 BAR"),
+    Row(r"norm_rows<\w+, 4, true>", 80, 128, "LDG.128 STG.128 BAR"),
+    Row(r"norm_rows<\w+, [12], true>", 64, 0, "LDG.128 STG.128"),
+    Row(r"norm_rows<\w+, 8, false>", 64, 128, "LDG.128 STG.128 BAR"),
+    Row(r"norm_rows<\w+, 4, false>", 56, 128, "LDG.128 STG.128 BAR"),
+    Row(r"norm_rows<\w+, [12], false>", 48, 0, "LDG.128 STG.128"),
+    # <type, interleaved>; 4 bytes: positions and the like, 8: cosines of two pairs
+    Row(r"rope::kernel<float, false>", 48, 0, "LDG.32 LDG.128 STG.128"),
+    Row(r"rope::kernel<float, true>", 48, 0, "LDG.32 LDG.64 LDG.128 STG.128"),
+    Row(r"rope::kernel<.*>", 64, 0, "LDG.32 LDG.128 STG.128"),
+    Row(r"norm_rope_store::kernel<float, false>", 64, 0, "LDG.32 LDG.128 STG.128"),
+    Row(r"norm_rope_store::kernel<float, true>", 64, 0, "LDG.32 LDG.64 LDG.128 STG.128"),
+    Row(r"norm_rope_store::kernel<.*>", 80, 0, "LDG.32 LDG.128 STG.128"),
+    Row(r"swiglu::kernel<.*>", 32, 0, "LDG.128 STG.128"),
+    Row(r"embedding::embedding_kernel<.*>", 16, 0, "LDG.64 LDG.128 STG.128"),  # 8 bytes: token ids
+    Row(r"advance::advance_kernel", 24, 0, "LDG.32 STG.32"),
     Row(r"prefill<Prefill<\w+, 32, 32>, .*>", 168, 1024, ATTENTION),
     Row(r"prefill<Prefill<\w+, 64, 64>, .*>", 240, 1024, ATTENTION),
     Row(r"prefill<Prefill<\w+, 96, 96>, .*>", 255, 1024, ATTENTION),
@@ -117,7 +133,7 @@ def dump(option: str) -> Iterator[tuple[tuple[int, str, str], str]]:
 
 
 def source_names(names: list[str]) -> list[str]:
-    """`names` as written in the source; the file stands for its unnamed namespace, as in rms_norm::kernel<float>."""
+    """`names` as written in the source; the file stands for its unnamed namespace, as in swiglu::kernel<float>."""
     text = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     result = []
     for name, readable in zip(names, text.split("\n"), strict=True):
