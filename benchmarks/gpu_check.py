@@ -53,7 +53,6 @@ class Step:
     verdict: Callable[[int, str], str]
     rows: str | None = None  # the file of --out to which it appends
     log: str | None = None  # the file of --out that has its output; None: <stage>_<step>.log
-    seconds: float = STAGE_SECONDS  # at most, where the stage has as many left
 
 
 def last_line(output: str) -> str:
@@ -127,14 +126,18 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
     pytest: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulator", "none"]
     pytest += ["-p", "benchmarks.pytest_rows", "--rows"]
     tests = [TESTS / "ops" / f"test_{name}.py" for name in kernels()]
+
+    def within(share: float) -> list[str | Path]:
+        """Options of pytest: no test begins after this share of the time that is left."""
+        return ["--seconds", f"{max(share * (end - monotonic()) - START_SECONDS, 1):.0f}"]
+
     if stage == "test":
         others = [TESTS / "ops" / "test_graphs.py", TESTS / "models" / "test_emulated.py", TESTS / "test_extension.py"]
-        yield Step("tests", [*pytest, out / "tests.jsonl", *tests, *others], by_status, "tests.jsonl")
+        command = [*pytest, out / "tests.jsonl", *within(0.6), "-k", "cuda or test_extension", *tests, *others]
+        yield Step("tests", command, by_status, "tests.jsonl")
         yield from conformance(out)
-        for done, seed in enumerate(SEEDS):
-            seconds = (end - monotonic()) / (len(SEEDS) - done) - START_SECONDS
-            command = [*pytest, out / "tests.jsonl", "--seconds", f"{max(seconds, 1):.0f}", "--seed", str(seed)]
-            command += ["-k", ON_KERNELS, *tests]
+        for left, seed in zip((2, 1), SEEDS, strict=True):
+            command = [*pytest, out / "tests.jsonl", *within(1 / left), "--seed", str(seed), "-k", ON_KERNELS, *tests]
             yield Step(f"seed-{seed}", command, by_status, "tests.jsonl")
     elif stage == "bench":
         yield Step("limits", [python, "-m", "benchmarks.limits", "--output", out], by_status, "limits.jsonl")
@@ -146,15 +149,12 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
     elif stage == "sanitize":
         path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
         sanitizer = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
-        tools = ("memcheck", "racecheck")
-        for done, tool in enumerate(tools):
+        for left, tool in ((2, "memcheck"), (1, "racecheck")):
             rows = f"{tool}.jsonl"
-            seconds = (end - monotonic()) / (len(tools) - done)
             # Without torch's cache every tensor is an allocation of its own, whose bounds the tool knows.
             command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", tool, *pytest, out / rows]
-            command += ["--seconds", f"{max(seconds - START_SECONDS, 1):.0f}"]
-            command += ["-k", SANITIZED, "-m", "not nightly and not large", *tests]
-            yield Step(tool, command, by_sanitizer, rows, seconds=seconds)
+            command += [*within(1 / left), "-k", SANITIZED, "-m", "not nightly and not large", *tests]
+            yield Step(tool, command, by_sanitizer, rows)
     elif stage == "model":
         yield Step("wheel", [python, ROOT / "tests" / "wheel" / "smoke.py"], by_status)
         cli = [python, "-c", "from pyllama.cli import app; app()"]
@@ -279,7 +279,7 @@ def main() -> None:
             offset = rows.stat().st_size if rows and rows.exists() else 0
             since = monotonic()
             log = out / (step.log or f"{name}_{step.name}.log")
-            status, output = execute(step.command, log, min(step.seconds, began + STAGE_SECONDS - since))
+            status, output = execute(step.command, log, began + STAGE_SECONDS - since)
             add(name, step.name, monotonic() - since, step.verdict(status, output))
             if rows and rows.exists():
                 new = read(rows, offset)

@@ -83,6 +83,7 @@ def recorded(op: str, args: Arguments, device: str) -> tuple[list[Tensor], Calla
 
         return out, call
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is done once, as loading a kernel, may not happen in the capture
         results(op, copy.deepcopy(args))
     side.synchronize()
