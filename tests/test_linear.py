@@ -1,4 +1,4 @@
-"""The product of linear layers: the same numbers whichever way it is split over threads."""
+"""The product of linear layers: the same numbers whichever library multiplies, with any number of threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyllama.layers.linear import Linear
-from pyllama.ops.product import MOST, product
+from pyllama.ops.product import product
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -21,8 +21,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("features", [1, 6, 7, 48, 3 * MOST])
-@pytest.mark.parametrize("tokens", [0, 1, 2, 16, MOST, MOST + 1])
+@pytest.mark.parametrize("features", [1, 6, 7, 48, 1536])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 16, 513])
 def test_against_float64(tokens: int, features: int, dtype: torch.dtype) -> None:
     torch.manual_seed(tokens)
     wide = torch.randn(tokens, 40, dtype=dtype)

@@ -1,11 +1,10 @@
 """One matrix product per expert over sorted rows. M rows, D hidden size, F feed-forward size, E experts."""
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from pyllama.ops.checks import segment_lengths
-from pyllama.ops.product import parts, rows_first
+from pyllama.ops.product import SMALL, own_way, parts, product, rows_first
 from pyllama.ops.registry import op
 
 
@@ -34,12 +33,12 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | No
     if not experts:
         return x.new_zeros(0, weight.shape[1])
     x_parts = x_MD.split_with_sizes([lengths[e] for e in experts])
-    P = parts(len(x_MD) // len(experts), weight)
-    if P == 1:
-        # unbind: one gradient for all experts
-        weights = weight.unbind() if weight.requires_grad and torch.is_grad_enabled() else weight
-        return torch.cat([functional.linear(x_mD, weights[e]) for e, x_mD in zip(experts, x_parts, strict=True)])
     E, F, D = weight.shape
-    weight_EPDf = weight.view(E, P, F // P, D).mT
-    out_PMf = [torch.bmm(x_mD.expand(P, -1, -1), weight_EPDf[e]) for e, x_mD in zip(experts, x_parts, strict=True)]
-    return rows_first(torch.cat(out_PMf, dim=1))
+    most = max(lengths)
+    if own_way(weight) and most * F * D < SMALL and (P := parts(most, weight)) > 1:
+        weight_EPDf = weight.view(E, P, F // P, D).mT  # as in `product`, prepared once for all experts
+        out_PMf = [torch.bmm(x_mD.expand(P, -1, -1), weight_EPDf[e]) for e, x_mD in zip(experts, x_parts, strict=True)]
+        return rows_first(torch.cat(out_PMf, dim=1))
+    # unbind: one gradient for all experts
+    weights = weight.unbind() if weight.requires_grad and torch.is_grad_enabled() else weight
+    return torch.cat([product(x_mD, weights[e]) for e, x_mD in zip(experts, x_parts, strict=True)])

@@ -4,30 +4,41 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-MOST = 512  # tokens
+# torch's own way to oneDNN with plain weights. It is not public, so a build without it goes without.
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+SMALL = 2_000_000  # multiplications: fewer take less time than oneDNN's way to its kernel
 
 
 def product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias; what `F.linear` gives, in less time for up to some hundred tokens on a CPU."""
+    """x @ weight.T + bias; what `F.linear` gives, in less time on a CPU.
+
+    There `F.linear` is BLAS, which multiplies one token with one thread and is slower than oneDNN with hundreds (LOG.md
+    has the figures). Without gradients only.
+    """
     T, D = x_TD.shape
-    P = parts(T, weight_FD)
-    if P == 1:
-        return functional.linear(x_TD, weight_FD, bias_F)
-    out_TF = rows_first(torch.bmm(x_TD.expand(P, T, D), weight_FD.view(P, len(weight_FD) // P, D).mT))
-    return out_TF if bias_F is None else out_TF.add_(bias_F)
+    if own_way(weight_FD):
+        if T * weight_FD.numel() >= SMALL and _onednn is not None:
+            return _onednn(x_TD, weight_FD, bias_F, "none", [], "")
+        if (P := parts(T, weight_FD)) > 1:
+            out_TF = rows_first(torch.bmm(x_TD.expand(P, T, D), weight_FD.view(P, len(weight_FD) // P, D).mT))
+            return out_TF if bias_F is None else out_TF.add_(bias_F)
+    return functional.linear(x_TD, weight_FD, bias_F)
+
+
+def own_way(weight: Tensor) -> bool:
+    """Whether another way than BLAS's own is open to products with `weight`."""
+    return (
+        weight.dtype is torch.float32
+        and not torch.is_grad_enabled()
+        and weight.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and weight.is_contiguous()
+    )
 
 
 def parts(T: int, weight: Tensor) -> int:
-    """Into how many parts to cut the rows of `weight`, [..., F, D], to multiply it with T tokens; 1: not at all.
-
-    On a CPU, BLAS multiplies one token with one thread and splits more of them badly (LOG.md has the figures), so each
-    thread gets its own part, as long as that has more rows than there are tokens. Without gradients only: their
-    products are large.
-    """
-    if T > MOST or weight.dtype is not torch.float32 or torch.is_grad_enabled() or weight.device.type != "cpu":
-        return 1
-    if torch.compiler.is_compiling() or not weight.is_contiguous():
-        return 1
+    """Into how many parts to cut the rows of `weight`, [..., F, D], so that each thread multiplies T tokens with its
+    own; 1: not at all."""
     P, F = torch.get_num_threads(), weight.shape[-2]
     return P if F % P == 0 and T * P <= F else 1
 
