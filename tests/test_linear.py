@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyllama.layers.linear import Linear
-from pyllama.ops.product import product
+from pyllama.ops.product import pays, product
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -48,3 +48,16 @@ def test_gradients_and_compile(tokens: int) -> None:
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("tokens", "D", "features"), [(1, 2000, 1001), (513, 204, 1000)])
+def test_large_products(tokens: int, D: int, features: int) -> None:
+    """So large that another library takes them over."""
+    assert pays(tokens, D * features)
+    torch.manual_seed(tokens)
+    wide, weight, bias = torch.randn(tokens, 2 * D), torch.randn(features, D), torch.randn(features)
+    for x in (wide[:, :D], wide[:, ::2]):
+        exact = x.double() @ weight.double().T + bias.double()
+        with torch.inference_mode():
+            torch.testing.assert_close(product(x, weight, bias).double(), exact, rtol=1e-5, atol=1e-3)

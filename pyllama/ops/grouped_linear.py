@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyllama.ops.checks import segment_lengths
-from pyllama.ops.product import SMALL, own_way, parts, product, rows_first
+from pyllama.ops.product import own_way, parts, pays, product, rows_first
 from pyllama.ops.registry import op
 
 
@@ -35,7 +35,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | No
     x_parts = x_MD.split_with_sizes([lengths[e] for e in experts])
     E, F, D = weight.shape
     most = max(lengths)
-    if own_way(weight) and most * F * D < SMALL and (P := parts(most, weight)) > 1:
+    if own_way(weight) and not pays(most, F * D) and (P := parts(most, weight)) > 1:
         weight_EPDf = weight.view(E, P, F // P, D).mT  # as in `product`, prepared once for all experts
         out_PMf = [torch.bmm(x_mD.expand(P, -1, -1), weight_EPDf[e]) for e, x_mD in zip(experts, x_parts, strict=True)]
         return rows_first(torch.cat(out_PMf, dim=1))

@@ -6,7 +6,10 @@ from torch import Tensor
 
 # torch's own way to oneDNN with plain weights. It is not public, so a build without it goes without.
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-SMALL = 2_000_000  # multiplications: fewer take less time than oneDNN's way to its kernel
+
+# Multiplications from which it pays: oneDNN's way to its kernel takes some 20 us, and for every new number of tokens it
+# first compiles one, in nearly a millisecond.
+ONE_TOKEN, MORE_TOKENS = 2_000_000, 100_000_000
 
 
 def product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -17,12 +20,17 @@ def product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Te
     """
     T, D = x_TD.shape
     if own_way(weight_FD):
-        if T * weight_FD.numel() >= SMALL and _onednn is not None:
-            return _onednn(x_TD, weight_FD, bias_F, "none", [], "")
+        if pays(T, weight_FD.numel()):
+            return _onednn(x_TD, weight_FD, bias_F, "none", [], "")  # type: ignore[misc]  # it is not None
         if (P := parts(T, weight_FD)) > 1:
             out_TF = rows_first(torch.bmm(x_TD.expand(P, T, D), weight_FD.view(P, len(weight_FD) // P, D).mT))
             return out_TF if bias_F is None else out_TF.add_(bias_F)
     return functional.linear(x_TD, weight_FD, bias_F)
+
+
+def pays(T: int, size: int) -> bool:
+    """Whether oneDNN is to multiply T tokens with a weight of `size` elements."""
+    return _onednn is not None and T * size >= (ONE_TOKEN if T == 1 else MORE_TOKENS)
 
 
 def own_way(weight: Tensor) -> bool:
