@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
 template <class T, int K_, int V_>
 struct Decode {
     static constexpr int K = K_, V = V_, rows = 16, keys = 16;
-    static constexpr int stages = K <= 64 ? 4 : 3;  // so that two blocks fit a multiprocessor, up to K = 128
+    static constexpr int stages = K <= 64 ? 4 : 3;  // two blocks fit a multiprocessor of sm_90, up to K = 128
     static constexpr bool keep_queries = K <= 128;  // in registers
     struct Stage {
         T k[keys * K], v[keys * V];
