@@ -106,15 +106,15 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
 template <class T, int K_, int V_>
 struct Decode {
     static constexpr int K = K_, V = V_, rows = 16, keys = 16;
-    static constexpr int stages = K <= 64 ? 4 : 3;  // two blocks fit a multiprocessor of sm_90, up to K = 128
-    static constexpr bool keep_queries = K <= 128;  // in registers
+    static constexpr int stages = K <= 64 ? 4 : K <= 192 ? 3 : 2;  // 99 KB a block suffice up to K = 128, 163 for all
+    static constexpr bool keep_queries = K <= 128;                 // in registers
     struct Stage {
         T k[keys * K], v[keys * V];
     };
     union Shared {
         struct {
             Stage stages[attention_warps][Decode::stages];
-            T q[rows * K];
+            T q[keep_queries ? 8 : rows * K];
         } tiles;
         struct {
             float out[attention_warps * rows * padded<V>], stats[attention_warps * rows * 2];
@@ -132,7 +132,9 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
     const auto head = source.head(work.sequence, blockIdx.y);
 
     const T* q = p.q + work.token * p.q_token + (int64_t(blockIdx.y) * p.R + work.first) * p.q_head;
-    copy_rows<K, P::rows, attention_threads>(s.tiles.q, threadIdx.x, p.q,
+    // Queries that go to registers arrive in a stage that has nothing yet.
+    T* queries_tile = P::keep_queries ? s.tiles.stages[attention_warps - 1][P::stages - 1].k : s.tiles.q;
+    copy_rows<K, P::rows, attention_threads>(queries_tile, threadIdx.x, p.q,
                                              [&](int row) { return row < work.rows ? q + row * p.q_head : nullptr; });
     cp_async_commit();
     const auto first_of = [&](int step) { return work.begin + (step * attention_warps + warp) * keys; };
@@ -152,8 +154,10 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
     cp_async_wait<P::stages - 1>();
     __syncthreads();  // the queries are here
     uint32_t queries[K / 16][4];
-    if constexpr (P::keep_queries)
-        for (int step = 0; step < K / 16; ++step) load_a<K>(queries[step], s.tiles.q, 0, step, lane);
+    if constexpr (P::keep_queries) {
+        for (int step = 0; step < K / 16; ++step) load_a<K>(queries[step], queries_tile, 0, step, lane);
+        __syncthreads();  // their stage is free
+    }
 
     const int last = work.position, oldest = last - p.window + 1;  // keys that the query sees
     Softmax<1, V> softmax;
@@ -167,7 +171,7 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
             if constexpr (P::keep_queries)
                 for (int e = 0; e < 4; ++e) a[e] = queries[i][e];
             else
-                load_a<K>(a, s.tiles.q, 0, i, lane);
+                load_a<K>(a, queries_tile, 0, i, lane);
         });
 #pragma unroll
         for (int j = 0; j < keys / 8; ++j)

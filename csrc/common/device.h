@@ -75,6 +75,16 @@ inline int multiprocessors() {
 #endif
 }
 
+#ifdef __CUDACC__
+// Bytes of shared memory that a block can have on the current GPU.
+inline int max_shared_memory() {
+    int device = 0, bytes = 0;
+    check_cuda(cudaGetDevice(&device));
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+}
+#endif
+
 // launch(kernel, {grid, block, smem, stream}, arguments...); arguments convert to the kernel's types.
 struct Launch {
     dim3 grid, block;
@@ -87,8 +97,14 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& l, Arguments&&... arguments) {
     static_assert(sizeof...(Parameters) == sizeof...(Arguments), "wrong number of kernel arguments");
 #ifdef __CUDACC__
-    if (l.smem > 48 * 1024)
+    if (l.smem > 48 * 1024) {
+        const int most = max_shared_memory();
+        if (l.smem > size_t(most))
+            throw std::runtime_error("a kernel needs " + std::to_string(l.smem / 1024) +
+                                     " KB of shared memory, but a block has " + std::to_string(most / 1024) +
+                                     " KB on this GPU: run pyllama.eager()");
         check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.smem)));
+    }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -337,11 +337,14 @@ inline void __sincosf(float x, float* s, float* c) { *s = std::sin(x), *c = std:
 inline float __saturatef(float x) { return x < 0 || x != x ? 0 : x > 1 ? 1 : x; }
 #define EMU_MINMAX(T)                                   \
     constexpr T min(T a, T b) { return b < a ? b : a; } \
-    constexpr T max(T a, T b) { return a < b ? b : a; }
-EMU_MINMAX(int)
-EMU_MINMAX(unsigned) EMU_MINMAX(long) EMU_MINMAX(unsigned long) EMU_MINMAX(long long) EMU_MINMAX(unsigned long long)
+    constexpr T max(T a, T b) { return a < b ? b : a; } \
+    static_assert(true)  // takes the semicolon
+EMU_MINMAX(int);
+EMU_MINMAX(unsigned);
+EMU_MINMAX(long);
+EMU_MINMAX(unsigned long);
+EMU_MINMAX(long long);
+EMU_MINMAX(unsigned long long);
 #undef EMU_MINMAX
-    inline float min(float a, float b) {
-    return fminf(a, b);
-}
+inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }

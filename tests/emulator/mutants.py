@@ -94,6 +94,7 @@ MUTANTS = [
          "__syncwarp();  // these keys are here, and the stage before is no longer needed", ""),
         ("keys past the end are copied", "return first + row < work.end; };", "return true; };"),
         ("the decoding window is off by one", "oldest = last - p.window + 1;", "oldest = last - p.window;"),
+        ("the queries' stage overwritten while others read it", "__syncthreads();  // their stage is free", ""),
         op="paged_attention",
     ),
     *planted("common/norm_rows.h",
