@@ -14,20 +14,20 @@ struct Params {
     const int64_t* token_ids_T;
     T* y_TD;
     int64_t V;
-    int vectors;  // of a row
+    int D;
 };
 
 template <class T>
 __global__ void __launch_bounds__(max_threads) embedding_kernel(const Params<T> p) {
     const int64_t token = blockIdx.x, id = p.token_ids_T[token];
     const int at = blockIdx.y * blockDim.x + threadIdx.x;
-    if (at >= p.vectors) return;
+    if (at >= p.D / Vector<T>::size) return;
     Vector<T> v;
     if (id >= 0 && id < p.V)
-        v = load(p.weight_VD, id * p.vectors + at);
+        v = load(p.weight_VD + id * p.D, at);
     else
         for (int i = 0; i < v.pairs; ++i) v.set(i, {NAN, NAN});
-    store(p.y_TD, token * p.vectors + at, v);
+    store(p.y_TD + token * p.D, at, v);
 }
 
 Tensor embedding(const Tensor& weight, const Tensor& token_ids) {
@@ -43,10 +43,10 @@ Tensor embedding(const Tensor& weight, const Tensor& token_ids) {
     const DeviceScope device(weight);
     arguments.with_float_type([&](auto element) {
         using E = decltype(element);
-        const Params<E> p{arguments.data<E>("weight", weight), arguments.data<int64_t>("token_ids", token_ids),
-                          static_cast<E*>(y.mutable_data_ptr()), arguments["V"], int(D / Vector<E>::size)};
-        const int threads = std::min(p.vectors, max_threads);
-        const dim3 grid(unsigned(T), unsigned((p.vectors + threads - 1) / threads));
+        const Params<E> p{arguments.aligned_data<E>("weight", weight), arguments.data<int64_t>("token_ids", token_ids),
+                          static_cast<E*>(y.mutable_data_ptr()), arguments["V"], int(D)};
+        const int vectors = int(D) / Vector<E>::size, threads = std::min(vectors, max_threads);
+        const dim3 grid(unsigned(T), unsigned((vectors + threads - 1) / threads));
         launch(embedding_kernel<E>, {grid, dim3(threads), 0, device.stream}, p);
     });
     return y;

@@ -79,12 +79,18 @@ struct Work {
     int parts;        // into how many the keys are split
 };
 
-template <class T, class Source>
-__device__ Work find_work(const Problem<T>& p, const Source& source, int tile, int tile_rows, int split) {
+// Which rows a tile has.
+struct Place {
+    int sequence = -1;  // none
+    int first = 0;      // row of the sequence
+};
+
+// The place of a tile, where each sequence has as many as its queries need.
+template <class T>
+__device__ Place find_place(const Problem<T>& p, int tile, int tile_rows) {
     const int lane = threadIdx.x % 32;
-    Work work{};
-    work.sequence = -1;
-    for (int base = 0, tiles = 0; base < p.B && work.sequence < 0; base += 32) {  // each lane has a sequence
+    Place place;
+    for (int base = 0, tiles = 0; base < p.B && place.sequence < 0; base += 32) {  // each lane has a sequence
         const int b = base + lane;
         const int queries = b < p.B ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : 0;
         const int own = (queries * p.R + tile_rows - 1) / tile_rows;
@@ -97,16 +103,24 @@ __device__ Work find_work(const Problem<T>& p, const Source& source, int tile, i
         const unsigned found = __ballot_sync(~0u, tiles + before > tile);
         if (found) {
             const int owner = __ffs(found) - 1;
-            work.sequence = base + owner;
-            work.first = (tile - tiles - __shfl_sync(~0u, before - own, owner)) * tile_rows;
+            place.sequence = base + owner;
+            place.first = (tile - tiles - __shfl_sync(~0u, before - own, owner)) * tile_rows;
         }
         tiles += total;
     }
+    return place;
+}
+
+template <class T, class Source>
+__device__ Work divide(const Problem<T>& p, const Source& source, Place place, int tile_rows, int split) {
+    Work work{};
+    work.sequence = place.sequence, work.first = place.first;
     if (work.sequence < 0) return work;
     const int b = work.sequence, keys = source.length(b);
     const int queries = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
     work.token = p.cu_seqlens_q[b];
     work.rows = min(queries * p.R - work.first, tile_rows);
+    if (work.rows <= 0) work.sequence = -1;
     work.position = keys - queries;
     // Keys that some row sees, of them this block's part.
     const int oldest = work.position + work.first / p.R - p.window + 1;
@@ -132,7 +146,7 @@ __device__ inline Merged merge(const float* out, int64_t out_stride, const float
     for (int i = 0; i < parts; ++i) all.top = fmaxf(all.top, stats[i * stats_stride]);
     const float base = all.top == -INFINITY ? 0 : all.top;
     for (int i = 0; i < parts; ++i) {
-        const float factor = exp2f(stats[i * stats_stride] - base);
+        const float factor = exp2_approx(stats[i * stats_stride] - base);
         const float4 v = *reinterpret_cast<const float4*>(out + i * out_stride);
         all.sum += factor * stats[i * stats_stride + 1];
         all.out.x += factor * v.x, all.out.y += factor * v.y, all.out.z += factor * v.z, all.out.w += factor * v.w;

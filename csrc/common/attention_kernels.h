@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
     const int warp = threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     const int tile = gridDim.x - 1 - blockIdx.x;  // those with the most keys first
-    const Work work = find_work(p, source, tile, P::rows, blockIdx.z);
+    const Work work = divide(p, source, find_place(p, tile, P::rows), P::rows, blockIdx.z);
     if (work.sequence < 0) return;
     const auto head = source.head(work.sequence, blockIdx.y);
 
@@ -127,7 +127,9 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
     constexpr int K = P::K, V = P::V, keys = P::keys;
     auto& s = *dynamic_shared<typename P::Shared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Work work = find_work(p, source, blockIdx.x, P::rows, blockIdx.z);
+    const int per = (p.R + P::rows - 1) / P::rows;  // tiles of a sequence
+    const Place place{int(blockIdx.x) / per, int(blockIdx.x) % per * P::rows};
+    const Work work = divide(p, source, place, P::rows, blockIdx.z);
     if (work.sequence < 0) return;
     const auto head = source.head(work.sequence, blockIdx.y);
 
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(32) plain(const Problem<float> p, const Source
     };
     auto& s = shared<Row>();
     const int lane = threadIdx.x;
-    const Work work = find_work(p, source, blockIdx.x, 1, 0);
+    const Work work = divide(p, source, find_place(p, blockIdx.x, 1), 1, 0);
     if (work.sequence < 0) return;
     const auto head = source.head(work.sequence, blockIdx.y);
     const int token = work.first / p.R, h = work.first % p.R, position = work.position + token;
@@ -222,7 +224,8 @@ __global__ void __launch_bounds__(32) plain(const Problem<float> p, const Source
         float best = score;
         for (int d = 16; d > 0; d /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, d));
         best = fmaxf(best, top);
-        const float base = best == -INFINITY ? 0 : best, shrink = exp2f(top - base), weight = exp2f(score - base);
+        const float base = best == -INFINITY ? 0 : best, shrink = exp2_approx(top - base),
+                    weight = exp2_approx(score - base);
         top = best;
         sum = sum * shrink + weight;
         s.weights[lane] = weight;

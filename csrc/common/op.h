@@ -158,6 +158,13 @@ class Arguments {
         if (!t.is_contiguous()) fail(name, " must be contiguous: call .contiguous() on it");
         return static_cast<const T*>(t.const_data_ptr());
     }
+    // The same at a multiple of 16 bytes, for access in vectors.
+    template <class T>
+    const T* aligned_data(const char* name, const Tensor& t) const {
+        if (reinterpret_cast<intptr_t>(t.const_data_ptr()) % 16 != 0)
+            fail(name, " must start at a multiple of 16 bytes: call .clone() on it");
+        return data<T>(name, t);
+    }
     template <class T>
     T* mutable_data(const char* name, const Tensor& t) const {
         return const_cast<T*>(data<T>(name, t));

@@ -67,6 +67,13 @@ __device__ inline void prefetch_l2(const void* p) { PTX(("prefetch.global.L2 [%0
 // Hides from the compiler what it knows of x: what follows from x is computed again, not kept in registers.
 __device__ inline void forget(int& x) { PTX(("" : "+r"(x)), (void)x); }
 
+// 2^x, to two units in the last place; 0 below 2^-126.
+__device__ inline float exp2_approx(float x) {
+    float y;
+    PTX(("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)), y = std::exp2(x));
+    return y;
+}
+
 // ---- ldmatrix --------------------------------------------------------------------------------
 
 #ifndef __CUDACC__

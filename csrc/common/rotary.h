@@ -99,7 +99,7 @@ struct HeadTile {
 
 inline HeadTile choose_head_tile(int64_t T, int heads, int lanes) {
     const int needed = (heads + heads_per_lane - 1) / heads_per_lane;
-    const int y = std::min(whole_threads(lanes * needed), 256) / lanes, z = std::max(128 / (lanes * y), 1);
+    const int y = std::min(whole_threads(lanes * needed), 256) / lanes, z = std::clamp(128 / (lanes * y), 1, 64);
     return {dim3((T + z - 1) / z, (needed + y - 1) / y), dim3(lanes, y, z)};
 }
 

@@ -98,13 +98,13 @@ struct Softmax {
                 best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
                 best = fmaxf(best * scale, top[mi][h]);
                 const float base = best == -INFINITY ? 0 : best;  // a row that sees no key yet
-                const float shrink = exp2f(top[mi][h] - base);
+                const float shrink = exp2_approx(top[mi][h] - base);
                 top[mi][h] = best;
                 sum[mi][h] *= shrink;
 #pragma unroll
                 for (int j = 0; j < N / 8; ++j) {
-                    const float low = exp2f(fmaf(s[mi][j][h * 2], scale, -base));
-                    const float high = exp2f(fmaf(s[mi][j][h * 2 + 1], scale, -base));
+                    const float low = exp2_approx(fmaf(s[mi][j][h * 2], scale, -base));
+                    const float high = exp2_approx(fmaf(s[mi][j][h * 2 + 1], scale, -base));
                     sum[mi][h] += low + high;
                     weights[mi][j / 2][j % 2 * 2 + h] = pack<T>(low, high);
                 }

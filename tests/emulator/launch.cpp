@@ -22,7 +22,8 @@ void synchronize() { release(&start_key); }
 
 void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const void* arguments) {
     const size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
-    if (!threads || threads > max_threads || !blocks) throw Error("invalid launch configuration");
+    if (!threads || threads > max_threads || !blocks || block.z > 64 || grid.y > 65535 || grid.z > 65535)
+        throw Error("invalid launch configuration");
     if (smem > max_shared) throw Error("more than 227 KiB of dynamic shared memory");
 
     static std::mutex one_at_a_time;

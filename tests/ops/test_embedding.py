@@ -56,3 +56,14 @@ def test_arguments(chosen: Implementation) -> None:
     if chosen.name != "eager":
         with refused("embedding: D, the hidden size, is 6, but must be a multiple of 8"):
             embedding(weight[:, :6].contiguous(), ids)
+
+
+def test_unaligned_weight(chosen: Implementation) -> None:
+    """What a kernel would read in vectors must start where they do."""
+    flat = torch.randn(41, device=chosen.device)
+    weight, ids = flat[1:].view(5, 8), torch.tensor([4, 0], device=chosen.device)
+    if chosen.name == "eager":
+        torch.testing.assert_close(embedding(weight, ids), weight[ids])
+    else:
+        with refused("embedding: weight must start at a multiple of 16 bytes"):
+            embedding(weight, ids)

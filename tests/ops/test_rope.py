@@ -38,7 +38,7 @@ def reference(x: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool) 
     [
         *[(1, 4, 64, 64), (5, 3, 128, 64), (0, 2, 64, 64), (33, 1, 80, 32)],
         # an odd number of vectors, more heads than a block has, several tokens to a block, nothing rotated
-        *[(7, 2, 72, 48), (2, 40, 256, 256), (70, 2, 32, 16), (3, 5, 8, 0)],
+        *[(7, 2, 72, 48), (2, 40, 256, 256), (70, 2, 32, 16), (3, 5, 8, 0), (150, 1, 8, 0)],
     ],
 )
 def test_formula(T: int, heads: int, K: int, R: int, interleaved: bool, dtype: torch.dtype, device: str) -> None:
