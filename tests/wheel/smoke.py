@@ -4,6 +4,7 @@ import torch
 
 import pyllama
 from pyllama import _C
+from pyllama.ops.product import product
 
 x, weight = torch.randn(3, 5, 64), torch.randn(64)
 expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
@@ -32,6 +33,12 @@ for op_of, formula, inputs in (
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 found = torch.autograd.grad(function(*leaves).square().sum(), leaves)
             torch.testing.assert_close(found, tuple(grad.float() for grad in expected), rtol=1e-4, atol=1e-4)
+
+# Large products on the CPU go to oneDNN by a way that is not public either.
+row, matrix, bias = torch.randn(1, 2048), torch.randn(1024, 2048), torch.randn(1024)
+with torch.inference_mode():
+    found = product(row, matrix, bias)
+torch.testing.assert_close(found, torch.nn.functional.linear(row, matrix, bias), rtol=1e-4, atol=1e-4)
 
 y, total = x.clone(), x.clone()
 version = total._version
