@@ -64,29 +64,20 @@ inline void check_cuda(cudaError_t error) {
 }
 #endif
 
-// The current GPU's multiprocessors. On the CPU a few, so that small problems too are split among blocks.
-inline int multiprocessors() {
 #ifdef __CUDACC__
-    int device = 0, count = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
     check_cuda(cudaGetDevice(&device));
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-#else
-    return 8;
-#endif
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
 }
-
-// Bytes of shared memory that a block can have on the current GPU; on the CPU as on sm_90.
-inline int max_shared_memory() {
-#ifdef __CUDACC__
-    int device = 0, bytes = 0;
-    check_cuda(cudaGetDevice(&device));
-    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return bytes;
+// The current GPU's multiprocessors, and the bytes of shared memory that a block can have there.
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int max_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 #else
-    return 227 * 1024;
+inline int multiprocessors() { return 8; }  // a few, so that small problems too are split among blocks
+inline int max_shared_memory() { return 227 * 1024; }
 #endif
-}
 
 // launch(kernel, {grid, block, smem, stream}, arguments...); arguments convert to the kernel's types.
 struct Launch {

@@ -123,9 +123,12 @@ class Arguments {
 
         const bool leading = std::strcmp(*shape_names.begin(), "...") == 0;
         const int64_t named = int64_t(shape_names.size()) - leading, skipped = t.dim() - named;
-        std::string expected;
-        for (const char* n : shape_names) expected += (expected.empty() ? "" : ", ") + std::string(n);
-        if (leading ? skipped < 0 : skipped != 0) fail(name, " must have shape [", expected, "], but has ", shape(t));
+        const auto fail_shape = [&] {
+            std::string expected;
+            for (const char* n : shape_names) expected += (expected.empty() ? "" : ", ") + std::string(n);
+            fail(name, " must have shape [", expected, "], but has ", shape(t));
+        };
+        if (leading ? skipped < 0 : skipped != 0) fail_shape();
         if (leading) {
             const std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().begin() + skipped);
             if (!leading_) leading_ = sizes;
@@ -136,7 +139,7 @@ class Arguments {
             std::string dimension = shape_names.begin()[i + leading];
             int64_t size = t.size(skipped + i);
             if (std::isdigit(dimension[0])) {
-                if (size != std::stoi(dimension)) fail(name, " must have shape [", expected, "], but has ", shape(t));
+                if (size != std::stoi(dimension)) fail_shape();
                 continue;
             }
             if (const size_t plus = dimension.find('+'); plus != std::string::npos) {
@@ -167,7 +170,8 @@ class Arguments {
     }
     template <class T>
     T* mutable_data(const char* name, const Tensor& t) const {
-        return const_cast<T*>(data<T>(name, t));
+        data<T>(name, t);
+        return static_cast<T*>(t.mutable_data_ptr());  // which also ends what the tensor shares with a lazy clone
     }
 
     // The size of a dimension that a tensor was checked with.
