@@ -36,8 +36,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import pyllama
 from pyllama.architectures import read_config
-from pyllama.architectures.common import Family
 from pyllama.model import Model
+from pyllama.weights import WeightTable
 
 END_OF_TEXT = "<|endoftext|>"  # before and after every document; id 0
 
@@ -186,7 +186,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, threads: int):
         self.recipe = recipe
-        config, self.family = read_config(config_json(recipe))
+        config, self.table = read_config(config_json(recipe))
         self.model = Model(config)
         initialize(self.model, recipe.seed)
         self.parameters = list(self.model.parameters())
@@ -277,13 +277,13 @@ def train(
     return history, time.monotonic() - start, aux_loss
 
 
-def checkpoint_tensors(model: Model, family: Family) -> dict[str, Tensor]:
-    """The parameters in bfloat16 under the checkpoint's names: the family's rules, read backwards."""
+def checkpoint_tensors(model: Model, table: WeightTable) -> dict[str, Tensor]:
+    """The parameters in bfloat16 under the checkpoint's names: the table read backwards."""
     tensors: dict[str, Tensor] = {}
     parameters = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
     for i, layer in enumerate(model.config.layers):
         heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
-        for rule in family.weights.rules:
+        for rule in table.rules:
             stacked = parameters.pop(rule.target.format(i=i), None)
             if stacked is None:
                 continue
@@ -294,7 +294,7 @@ def checkpoint_tensors(model: Model, family: Family) -> dict[str, Tensor]:
                 for source, tensor in zip(rule.sources, expert.split(rows), strict=True):
                     tensors[source.format(i=i, e=e)] = tensor.contiguous()
     if parameters:
-        raise ValueError(f"no rule of the family writes {', '.join(parameters)}")
+        raise ValueError(f"no rule of the table writes {', '.join(parameters)}")
     return tensors
 
 
@@ -309,7 +309,7 @@ def save(trainer: Trainer, tokenizer: Tokenizer, folder: Path) -> None:
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
-    tensors = checkpoint_tensors(trainer.model, trainer.family)
+    tensors = checkpoint_tensors(trainer.model, trainer.table)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

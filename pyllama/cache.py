@@ -1,8 +1,8 @@
 """The paged key/value cache (Kwon et al., arXiv:2309.06180).
 
 One tensor per layer, [P, 2, G, S, K]: pages, key and value, heads, S = 64 tokens, head size. One head's page
-is one contiguous block, which suits bulk copies, TMA, and sharding by head. All layers share the page
-numbers, so a sequence has one block table.
+is one contiguous block, which suits bulk copies, TMA, and sharding by head. Latent attention has [P, S, L]: a
+token's latent and its rotated key. All layers share the page numbers, so a sequence has one block table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pyllama.config import GQAConfig, ModelConfig
+from pyllama.config import AttentionConfig, MLAConfig, ModelConfig
 
 PAGE_SIZE = 64
 
@@ -22,8 +22,10 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_SIZE)
 
 
-def page_shape(attention: GQAConfig) -> tuple[int, ...]:
-    """Shape of one page of a layer's cache: [2, G, S, K]."""
+def page_shape(attention: AttentionConfig) -> tuple[int, ...]:
+    """Shape of one page of a layer's cache: [2, G, S, K], or [S, rank + rope] of latent attention."""
+    if isinstance(attention, MLAConfig):
+        return (PAGE_SIZE, attention.kv_rank + attention.rope.dim)
     return (2, attention.num_kv_heads, PAGE_SIZE, attention.head_dim)
 
 

@@ -28,7 +28,30 @@ class Llama3Scaling:
     original_max_positions: int
 
 
-RopeScaling = LinearScaling | Llama3Scaling
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al., arXiv:2309.00071): a ramp from kept to divided frequencies, by their turns in training."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float = 32.0  # turns in the original context from which a frequency is kept
+    beta_slow: float = 1.0  # turns up to which it is divided by `factor`
+    truncate: bool = True  # the ramp begins and ends at whole dimensions
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (Ding et al., arXiv:2402.13753): each frequency divided by a factor of its own.
+
+    A sequence of more than `original_max_positions` tokens takes the long factors, for all its tokens.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_positions: int
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,7 @@ class RopeConfig:
     dim: int  # rotated dimensions of each head, even; fewer than the head size: partial RoPE
     interleaved: bool = False  # pairs (0,1), (2,3), ... instead of (0, dim/2), (1, dim/2+1), ...
     scaling: RopeScaling | None = None
+    magnitude: float = 1.0  # cosines and sines are multiplied by it (YaRN's and LongRoPE's attention factor)
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,27 @@ class GQAConfig:
     window: int | None = None  # a token sees this many keys, its own included; None: all
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each query and key head before RoPE
+    qk_norm: Literal["head", "whole"] | None = None  # RMSNorm before RoPE: over each head, or over all heads at once
+    clip: float | None = None  # queries, keys and values are cut to [-clip, clip] before RoPE
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): all heads' keys and values from one latent.
+
+    Of a head's query and key `nope_dim` dimensions carry no position; the rotated `rope.dim` ones follow, of the
+    key shared by all heads.
+    """
+
+    num_heads: int
+    q_rank: int | None  # of the queries' latent; None: queries come from the hidden state directly
+    kv_rank: int
+    nope_dim: int
+    v_dim: int  # of a value head
+    rope: RopeConfig
+    scale: float  # of the scores
+    bias: bool = False  # of the products from and to the hidden state
+    norm_eps: float = 1e-6  # of the latents' norms; the reference has this whatever the model's own is
 
 
 @dataclass(frozen=True)
@@ -77,11 +121,13 @@ class MoEConfig:
     num_groups: int = 1
     top_groups: int = 1
     group_top_k: int = 1
+    float32_router: bool = False  # the router's product is computed in float32, whatever the weights' type
     shared: MLPConfig | None = None  # an expert that every token passes through
+    shared_gate: bool = False  # its result is weighted by the sigmoid of one more product
     aux_loss_coef: float = 0.0  # weight of the load-balancing loss in training
 
 
-AttentionConfig = GQAConfig
+AttentionConfig = GQAConfig | MLAConfig
 FFNConfig = MLPConfig | MoEConfig
 
 
@@ -99,3 +145,11 @@ class ModelConfig:
     norm_eps: float
     tie_embeddings: bool
     layers: tuple[LayerConfig, ...]
+    extra_layers: int = 0  # of multi-token prediction, which follow in the files and are not part of the model
+
+    @property
+    def rope_switch(self) -> int | None:
+        """The length beyond which a sequence's earlier tokens are rotated anew (LongRopeScaling); None: never."""
+        ropes = (layer.attention.rope for layer in self.layers)
+        scalings = {rope.scaling for rope in ropes if rope is not None}
+        return next((s.original_max_positions for s in scalings if isinstance(s, LongRopeScaling)), None)

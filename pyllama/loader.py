@@ -18,14 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from pyllama import _C
 from pyllama.architectures import read_config
-from pyllama.architectures.common import Family
 from pyllama.architectures.reader import ConfigError, read_json
 from pyllama.cache import free_memory
 from pyllama.config import ModelConfig, MoEConfig
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 from pyllama.tokenizer import Tokenizer
-from pyllama.weights import Checkpoint, CheckpointError, check_tied, copy_weights, plan
+from pyllama.weights import Checkpoint, CheckpointError, WeightTable, check_tied, copy_weights, plan
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -62,28 +61,30 @@ def load(
     remote = folder is None
     if folder is None:
         folder = _download(str(source), CONFIG_FILES)
-    config, family = _read_config(folder, ignore_config_keys)
+    config, table = _read_config(folder, ignore_config_keys)
     if remote:  # only now: what cannot be read is not worth the download
         folder = _download(str(source), CONFIG_FILES + WEIGHT_FILES)
-    model = _load_weights(folder, config, family, target, chosen)
+    model = _load_weights(folder, config, table, target, chosen)
     model.tokenizer = Tokenizer.from_folder(folder)
     model.eos_token_ids = _eos_token_ids(folder, model.tokenizer)
     return model.eval()
 
 
 def _load_weights(
-    folder: Path, config: ModelConfig, family: Family, device: torch.device, dtype: torch.dtype | None
+    folder: Path, config: ModelConfig, table: WeightTable, device: torch.device, dtype: torch.dtype | None
 ) -> Model:
     with Checkpoint.open(folder) as checkpoint:
         model = _empty_model(config, len(checkpoint.tensors))
         parameters = dict(model.named_parameters())
-        parts = plan(family.weights, {n: p.shape for n, p in parameters.items()}, checkpoint.tensors)
+        parts = plan(table, {n: p.shape for n, p in parameters.items()}, checkpoint.tensors)
         count = sum(parameter.numel() for parameter in parameters.values())
         dtype = _fitting_dtype(dtype, checkpoint.dtype, count, device)
         _check_kernels_take(dtype, device)
-        check_tied(family.weights, parts, checkpoint)
+        check_tied(table, parts, checkpoint)
         # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
-        weights = {n: torch.empty(p.shape, dtype=dtype, device=device) for n, p in parameters.items()}
+        # What no gradient trains decides who is chosen (correction biases), and stays float32.
+        dtypes = {n: dtype if p.requires_grad else max(dtype, torch.float32, key=_size) for n, p in parameters.items()}
+        weights = {n: torch.empty(p.shape, dtype=dtypes[n], device=device) for n, p in parameters.items()}
         console = Console(stderr=True)
         columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -120,7 +121,7 @@ class _NoRandomWeights(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _read_config(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[ModelConfig, Family]:
+def _read_config(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[ModelConfig, WeightTable]:
     values = read_json(folder / "config.json")
     if values is None:
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout")
@@ -224,7 +225,7 @@ def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int,
     """The data type to load in: the one asked for, or as `load` says. MemoryError when it does not fit."""
     free = free_memory(device)
     if dtype is None:
-        dtype = own if device.type == "cuda" else max(own, torch.float32, key=lambda d: d.itemsize)
+        dtype = own if device.type == "cuda" else max(own, torch.float32, key=_size)
         if parameters * dtype.itemsize > free >= parameters * own.itemsize:
             warnings.warn(
                 f"weights in {dtype} need {_gigabytes(parameters * dtype.itemsize)}, {_gigabytes(free)} are "
@@ -238,6 +239,10 @@ def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int,
             f"{_gigabytes(free)} are free on {device}"
         )
     return dtype
+
+
+def _size(dtype: torch.dtype) -> int:
+    return dtype.itemsize
 
 
 def _gigabytes(number: float) -> str:

@@ -15,7 +15,7 @@ from pyllama.layers.ffn import Routing
 from pyllama.layers.layer import Layer
 from pyllama.layers.linear import Linear
 from pyllama.layers.norm import RMSNorm
-from pyllama.layers.rope import cos_sin_table
+from pyllama.layers.rope import Rotation, cos_sin_table, table_rows
 from pyllama.ops.embedding import embedding
 from pyllama.ops.product import product
 from pyllama.ops.registry import cast, compute_dtype
@@ -48,7 +48,8 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, config.hidden_size, config.norm_eps) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._cos_sin: dict[RopeConfig, Tensor] = {}  # derived from the config, grown as contexts need it
+        # Positions and table of each RoPE, derived from the config, grown as contexts need it.
+        self._tables: dict[RopeConfig, tuple[int, Tensor]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -94,10 +95,12 @@ class Model(nn.Module):
     def _hidden(self, token_ids: Tensor, batch: Packed, cache: PagedCache | None) -> tuple[Tensor, list[Routing]]:
         x_TD, residual_TD = embedding(self.embedding.weight, token_ids), None
         routings = []
+        ropes = dict.fromkeys(layer.attention.rope for layer in self.config.layers)
+        rotations = {rope: self._rotation(rope, batch) for rope in ropes}
         for i, layer in enumerate(self.layers):
-            cos_sin = self._cos_sin_for(self.config.layers[i].attention.rope, batch.max_positions)
+            rotation = rotations[self.config.layers[i].attention.rope]
             kv_cache = None if cache is None else cache.layers[i]
-            x_TD, residual_TD, routing = layer(x_TD, residual_TD, batch, cos_sin, kv_cache)
+            x_TD, residual_TD, routing = layer(x_TD, residual_TD, batch, rotation, kv_cache)
             if routing is not None:
                 routings.append(routing)
         return self.norm.add(x_TD, residual_TD)[0], routings
@@ -105,16 +108,17 @@ class Model(nn.Module):
     def _logits(self, x_TD: Tensor) -> Tensor:
         return product(x_TD, self.embedding.weight if self.head is None else self.head.weight)
 
-    def _cos_sin_for(self, rope: RopeConfig | None, positions: int) -> Tensor | None:
-        """The table of at least `positions` rows; a power of two, so that it seldom grows."""
+    def _rotation(self, rope: RopeConfig | None, batch: Packed) -> Rotation | None:
+        """With a table of at least the batch's positions: a power of two, so that it seldom grows."""
         if rope is None:
             return None
-        table = self._cos_sin.get(rope)
-        if table is None or len(table) < positions or table.device != self.device:
-            rows = 1 << max(positions - 1, 255).bit_length()
+        positions, table = self._tables.get(rope, (0, None))
+        if table is None or positions < batch.max_positions or table.device != self.device:
+            positions = 1 << max(batch.max_positions - 1, 255).bit_length()
             with torch.inference_mode(False):  # training may come after and use the same table
-                table = self._cos_sin[rope] = cos_sin_table(rope, rows, self.device)
-        return table
+                table = cos_sin_table(rope, positions, self.device)
+            self._tables[rope] = positions, table
+        return Rotation(table, table_rows(rope, batch))
 
 
 def load_balancing_loss(routings: list[Routing]) -> Tensor | None:

@@ -115,22 +115,19 @@ class CachedContext:
         self._block_table = torch.tensor(table, dtype=torch.int32, device=model.device)
         lengths = [len(prompt) for prompt in prompts for _ in range(n)]
         self._batch = self._decoding_batch(torch.tensor(lengths, dtype=torch.int32, device=model.device))
+        # Past this length RoPE changes for all of a sequence's tokens. Only then are the tokens so far needed.
+        self._switch = model.config.rope_switch
+        self._texts = [list(prompt) if self._switch else [] for prompt in prompts for _ in range(n)]
 
     def prefill(self) -> Tensor:
-        prompts_table = self._block_table[:: self._n]
-        logits = []
-        for segments in _passes([len(prompt) for prompt in self._prompts], PREFILL_TOKENS):
-            rows, starts, ends = zip(*segments, strict=True)
-            tokens_T = [token for b, start, end in segments for token in self._prompts[b][start:end]]
-            lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-            batch = Batch.from_lengths(lengths, ends, prompts_table[list(rows)], PAGE_SIZE)
-            last = self._model.run(torch.tensor(tokens_T, device=self._model.device), batch, self._cache)
-            complete = [i for i, (b, _, end) in enumerate(segments) if end == len(self._prompts[b])]
-            logits.append(last[complete])
+        lengths = [len(prompt) for prompt in self._prompts]
+        logits = self._compute(self._prompts, self._block_table[:: self._n], lengths)
         self._copy_last_pages()
-        return torch.cat(logits).repeat_interleave(self._n, dim=0)
+        return logits.repeat_interleave(self._n, dim=0)
 
     def extend(self, tokens_B: Tensor) -> Tensor:
+        if self._switch is not None:
+            self._rotate_anew(self._switch, tokens_B)
         batch = self._batch
         advance_(batch.positions, batch.seq_lens, batch.slots, batch.block_table, PAGE_SIZE)
         return self._model.run(tokens_B, batch, self._cache)
@@ -138,17 +135,43 @@ class CachedContext:
     def keep(self, rows: Tensor) -> None:
         self._block_table = self._block_table[rows]
         self._batch = self._decoding_batch(self._batch.seq_lens[rows])
+        self._texts = [self._texts[row] for row in rows.tolist()]
+
+    def _compute(self, texts: Sequence[Sequence[int]], block_table: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits [B, V] after each text, whose keys and values go into the cache; it is to be `lengths` long."""
+        logits = []
+        for segments in _passes([len(text) for text in texts], PREFILL_TOKENS):
+            rows, starts, ends = zip(*segments, strict=True)
+            tokens_T = [token for b, start, end in segments for token in texts[b][start:end]]
+            counts = [end - start for start, end in zip(starts, ends, strict=True)]
+            whole = [lengths[b] for b in rows]
+            batch = Batch.from_lengths(counts, ends, block_table[list(rows)], PAGE_SIZE, whole)
+            last = self._model.run(torch.tensor(tokens_T, device=self._model.device), batch, self._cache)
+            complete = [i for i, (b, _, end) in enumerate(segments) if end == len(texts[b])]
+            logits.append(last[complete])
+        return torch.cat(logits)
+
+    def _rotate_anew(self, switch: int, tokens_B: Tensor) -> None:
+        """Computes those sequences again which, with one more token, exceed the length up to which their keys hold."""
+        crossing = [b for b, text in enumerate(self._texts) if len(text) == switch]
+        if crossing:
+            texts = [self._texts[b] for b in crossing]
+            self._compute(texts, self._block_table[crossing], [switch + 1] * len(texts))
+        for text, token in zip(self._texts, tokens_B.tolist(), strict=True):
+            text.append(token)
 
     def _decoding_batch(self, seq_lens_B: Tensor) -> Batch:
         """One new token of each sequence; `extend` sets where, step by step, in place."""
         return Batch(
             cu_seqlens=torch.arange(len(seq_lens_B) + 1, dtype=torch.int32, device=seq_lens_B.device),
             positions=torch.empty_like(seq_lens_B),
+            lengths=seq_lens_B,
             max_seqlen=1,
             max_positions=self._block_table.shape[1] * PAGE_SIZE,
             seq_lens=seq_lens_B,
             block_table=self._block_table,
             slots=torch.empty_like(seq_lens_B),
+            page_size=PAGE_SIZE,
         )
 
     def _copy_last_pages(self) -> None:

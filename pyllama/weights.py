@@ -36,24 +36,41 @@ class Rule:
 
     {i} stands for any layer. {e}, in sources only, stands for every expert and becomes the parameter's first
     dimension. `shard` is the dimension of the parameter that tensor parallelism splits, in each source by
-    itself; None: every device holds all of it.
+    itself; None: every device holds all of it. A checkpoint that comes in such shards is joined along it.
+    `interleaved` is for weights of queries and keys made for RoPE over pairs (2i, 2i + 1): of each source the head
+    size K, or 0; its rows are put in the order of pairs (i, i + K/2) of each head.
     """
 
     target: str
     sources: tuple[str, ...]
     shard: int | None
+    interleaved: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """Weights of 8 bits with a scale for each block (DeepSeek-V3, arXiv:2412.19437, section 3.3).
+
+    Element [r, c] of the tensor `x.weight` times element [r // rows, c // columns] of `x.{name}` is the weight.
+    """
+
+    rows: int
+    columns: int
+    name: str = "weight_scale_inv"
 
 
 @dataclass(frozen=True)
 class WeightTable:
     """A family's rules; `skip` names tensors that may be left over, since they hold nothing that is used.
 
-    `tied` are pairs of tensors: the first may be left over where it equals the second.
+    In names of `skip`, `*` stands for anything. `tied` are pairs of tensors: the first may be left over where it
+    equals the second.
     """
 
     rules: tuple[Rule, ...]
     skip: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    scales: BlockScales | None = None
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,14 @@ from pyllama.config import (
     LayerConfig,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
+    MLAConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
     RopeConfig,
+    RopeScaling,
+    YarnScaling,
 )
 from pyllama.layers.ffn import Routing
 from pyllama.layers.rope import cos_sin_table
@@ -28,19 +32,26 @@ from pyllama.model import LMOutput, Model, load_balancing_loss
 ROPE = RopeConfig(theta=10000.0, dim=8)
 
 
-def tiny(ffn: MLPConfig | MoEConfig, qk_norm: bool = False) -> Model:
+ATTENTIONS = {
+    "plain": GQAConfig(4, 2, 8, ROPE),
+    "norm of heads": GQAConfig(4, 2, 8, ROPE, qk_norm="head"),
+    "norm of all heads": GQAConfig(4, 2, 8, ROPE, qk_norm="whole", clip=0.9),
+    "latent": MLAConfig(4, None, 10, 6, 4, ROPE, 0.3),
+    "latent queries": MLAConfig(4, 12, 10, 6, 4, ROPE, 0.3, bias=True),
+}
+FFNS = {"dense": MLPConfig(24), "moe": MoEConfig(4, 2, 12, shared=MLPConfig(8), shared_gate=True, aux_loss_coef=0.1)}
+
+
+def tiny(ffn: MLPConfig | MoEConfig, attention: str = "plain") -> Model:
     torch.manual_seed(0)
-    layer = LayerConfig(GQAConfig(4, 2, 8, ROPE, qk_norm=qk_norm), ffn)
+    layer = LayerConfig(ATTENTIONS[attention], ffn)
     return Model(ModelConfig(29, 16, 64, 1e-5, True, (layer, layer)))
 
 
-FFNS = {"dense": MLPConfig(24), "moe": MoEConfig(4, 2, 12, shared=MLPConfig(8), aux_loss_coef=0.1)}
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("ffn", FFNS)
-def test_every_gradient_is_the_numerical_one(ffn: str, qk_norm: bool) -> None:
-    model = tiny(FFNS[ffn], qk_norm).double()
+def test_every_gradient_is_the_numerical_one(ffn: str, attention: str) -> None:
+    model = tiny(FFNS[ffn], attention).double()
     token_ids = torch.randint(0, 29, (2, 5))
     output = model(token_ids, token_ids)
     output.loss.backward()
@@ -99,11 +110,26 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
             Llama3Scaling(**LLAMA3, original_max_positions=128),
             {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 128},
         ),
+        (
+            YarnScaling(4.0, 256),
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        ),
+        (
+            YarnScaling(40.0, 300, beta_fast=16.0, beta_slow=2.0, truncate=False),
+            {
+                "rope_type": "yarn",
+                "factor": 40.0,
+                "original_max_position_embeddings": 300,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "truncate": False,
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 def test_rope_frequencies_are_transformers(
-    scaling: LinearScaling | Llama3Scaling | None, reference: dict[str, object], theta: float
+    scaling: RopeScaling | None, reference: dict[str, object], theta: float
 ) -> None:
     config = LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters={"rope_theta": theta, **reference})
     if scaling is None:
@@ -115,6 +141,20 @@ def test_rope_frequencies_are_transformers(
     torch.testing.assert_close(table, torch.cat((angles.cos(), angles.sin()), -1), rtol=0, atol=1e-6)
     exact = [math.cos(p * f) for p, f in zip((1, 10, 999), frequencies[[0, 3, 31]].tolist(), strict=True)]
     assert table[[1, 10, 999], [0, 3, 31]].tolist() == pytest.approx(exact, abs=1e-4)
+
+
+def test_long_rope_has_both_factors_of_each_position() -> None:
+    short, long = [tuple(torch.linspace(1, last, 16).tolist()) for last in (1.5, 40.0)]
+    rope = RopeConfig(10000.0, 32, scaling=LongRopeScaling(short, long, 4096), magnitude=1.25)
+    table = cos_sin_table(rope, 9000, torch.device("cpu")).unflatten(0, (9000, 2))
+    parameters = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long}
+    parameters |= {"original_max_position_embeddings": 4096}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=parameters)
+    for which, length in enumerate((4096, 4097)):
+        frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=length)
+        angles = torch.arange(9000).float()[:, None] * frequencies
+        expected = torch.cat((angles.cos(), angles.sin()), -1) * 1.25
+        torch.testing.assert_close(table[:, which], expected, rtol=0, atol=1e-6)
 
 
 def test_training_after_generation() -> None:

@@ -5,7 +5,7 @@ Many others have the same layers: Vicuna, CodeLlama, Yi, TinyLlama, SmolLM, Deep
 
 from __future__ import annotations
 
-from pyllama.architectures.common import MLP, Family, read_attention, read_decoder, weight_table
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig
 
@@ -14,10 +14,11 @@ def read(reader: Reader) -> ModelConfig:
     reader.only("model_type", "llama")
     reader.only("sliding_window", None)
     bias = reader.boolean("attention_bias", default=False)
-    attention = read_attention(reader, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
+    positions = read_positions(reader, 2048)
+    attention = read_attention(reader, positions=positions, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
     ffn = MLPConfig(reader.integer("intermediate_size"), reader.boolean("mlp_bias", default=False))
     layers = reader.layers()
-    return read_decoder(reader, [attention] * layers, ffn, max_positions=2048, norm_eps=1e-6)
+    return read_decoder(reader, [attention] * layers, [ffn] * layers, positions=positions, norm_eps=1e-6)
 
 
-FAMILY = Family(("LlamaForCausalLM",), read, weight_table(*MLP))
+FAMILY = Family(("LlamaForCausalLM",), read, weight_table())

@@ -6,7 +6,14 @@ The feed-forward is a shared SwiGLU expert, which every token passes through, pl
 
 from __future__ import annotations
 
-from pyllama.architectures.common import Family, read_attention, read_decoder, read_experts, weight_table
+from pyllama.architectures.common import (
+    Family,
+    read_attention,
+    read_decoder,
+    read_experts,
+    read_positions,
+    weight_table,
+)
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig, MoEConfig
 from pyllama.weights import Rule
@@ -15,8 +22,9 @@ from pyllama.weights import Rule
 def read(reader: Reader) -> ModelConfig:
     reader.only("model_type", "llama_moe")
     bias = reader.boolean("attention_bias", default=False)
-    attention = read_attention(reader, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
-    experts, top_k = read_experts(reader)
+    positions = read_positions(reader, 2048)
+    attention = read_attention(reader, positions=positions, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
+    experts, top_k = read_experts(reader, "num_local_experts")
     ffn = MoEConfig(
         num_experts=experts,
         top_k=top_k,
@@ -26,7 +34,7 @@ def read(reader: Reader) -> ModelConfig:
         aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001),
     )
     layers = reader.layers()
-    return read_decoder(reader, [attention] * layers, ffn, max_positions=2048, norm_eps=1e-6)
+    return read_decoder(reader, [attention] * layers, [ffn] * layers, positions=positions, norm_eps=1e-6)
 
 
 FAMILY = Family(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pyllama.architectures.common import MLP, Family, read_attention, read_decoder, weight_table
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig
 
@@ -16,14 +16,15 @@ def read(reader: Reader) -> ModelConfig:
     reader.only("model_type", "mistral", "ministral")
     layers = reader.layers()
     window = reader.integer("sliding_window", default=4096, null=None)
-    attention = read_attention(reader, rope_theta=10_000.0, kv_heads=8)
+    positions = read_positions(reader, 131072)
+    attention = read_attention(reader, positions=positions, rope_theta=10_000.0, kv_heads=8)
     kinds = reader.strings("layer_types", ("sliding_attention", "full_attention"), layers)
     attentions = [
         replace(attention, window=window if kind == "sliding_attention" else None)
         for kind in kinds or ["sliding_attention"] * layers
     ]
     ffn = MLPConfig(reader.integer("intermediate_size"))
-    return read_decoder(reader, attentions, ffn, max_positions=131072, norm_eps=1e-6)
+    return read_decoder(reader, attentions, [ffn] * layers, positions=positions, norm_eps=1e-6)
 
 
-FAMILY = Family(("MistralForCausalLM", "MinistralForCausalLM"), read, weight_table(*MLP))
+FAMILY = Family(("MistralForCausalLM", "MinistralForCausalLM"), read, weight_table())

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pyllama.architectures.common import Family, read_attention, read_decoder, read_experts, weight_table
+from pyllama.architectures.common import (
+    Family,
+    read_attention,
+    read_decoder,
+    read_experts,
+    read_positions,
+    weight_table,
+)
 from pyllama.architectures.reader import Reader
 from pyllama.config import ModelConfig, MoEConfig
 from pyllama.weights import Rule
@@ -11,8 +18,9 @@ from pyllama.weights import Rule
 def read(reader: Reader) -> ModelConfig:
     reader.only("model_type", "mixtral")
     window = reader.integer("sliding_window", default=None, null=None)
-    attention = read_attention(reader, rope_theta=1_000_000.0, kv_heads=8, window=window)
-    experts, top_k = read_experts(reader, num_local_experts=8, num_experts_per_tok=2)
+    positions = read_positions(reader, 131072)
+    attention = read_attention(reader, positions=positions, rope_theta=1_000_000.0, kv_heads=8, window=window)
+    experts, top_k = read_experts(reader, "num_local_experts", experts=8, top_k=2)
     ffn = MoEConfig(
         num_experts=experts,
         top_k=top_k,
@@ -20,7 +28,7 @@ def read(reader: Reader) -> ModelConfig:
         aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001),
     )
     layers = reader.layers()
-    return read_decoder(reader, [attention] * layers, ffn, max_positions=131072, norm_eps=1e-5)
+    return read_decoder(reader, [attention] * layers, [ffn] * layers, positions=positions, norm_eps=1e-5)
 
 
 FAMILY = Family(

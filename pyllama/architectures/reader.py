@@ -54,7 +54,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 
 REASONS = {
-    "quantization_config": "quantized checkpoints are not read",
     "auto_map": "the checkpoint brings its own code, which is not run",
 }
 
@@ -88,7 +87,7 @@ class Reader:
         self._prefix = prefix  # of an object within the configuration: "rope_scaling."
         self._values = {key: value for key, value in values.items() if prefix + key not in self._ignore}
         self._seen: set[str] = set()
-        self._readers: list[Reader] = []
+        self._readers: dict[str, Reader] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -106,15 +105,39 @@ class Reader:
         """How many layers the model has."""
         return int(self.integer("num_hidden_layers", most=MAX_LAYERS))
 
-    def number(self, key: str, default: Any = REQUIRED) -> Any:
-        """A positive number."""
-        value, given = self._value(key, default, REQUIRED)
-        if given and not (type(value) in (int, float) and 0 < value < float("inf")):
-            raise self._malformed(key, "must be a positive number")
+    def number(self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, zero: bool = False) -> Any:
+        """A positive number, or zero where that has a meaning."""
+        value, given = self._value(key, default, null)
+        if given and not (_is_positive(value) or (zero and type(value) in (int, float) and value == 0)):
+            raise self._malformed(key, f"must be a positive number{' or 0' if zero else ''}")
         return value
 
-    def boolean(self, key: str, default: Any = REQUIRED) -> Any:
-        value, given = self._value(key, default, REQUIRED)
+    def numbers(self, key: str, length: int) -> list[float]:
+        """A list of `length` positive numbers."""
+        value, _ = self._value(key, REQUIRED, REQUIRED)
+        if not (isinstance(value, list) and len(value) == length and all(map(_is_positive, value))):
+            raise self._malformed(key, f"must be a list of {length} positive numbers")
+        return value
+
+    def integers(self, key: str, length: int | None = None, least: int = 1, default: Any = REQUIRED) -> Any:
+        """A list of integers, `least` at least; `length`: how many. `default` where absent or null."""
+        value, given = self._value(key, default, default)
+        if given and not (
+            isinstance(value, list)
+            and length in (None, len(value))
+            and all(type(v) is int and least <= v <= MAX_SIZE for v in value)
+        ):
+            count = "" if length is None else f"{length} "
+            raise self._malformed(key, f"must be a list of {count}integers, {least} at least")
+        return value
+
+    def anything(self, key: str) -> Any:
+        """The key's value, whatever it is; None where absent."""
+        self._seen.add(key)
+        return self._values.get(key)
+
+    def boolean(self, key: str, default: Any = REQUIRED, null: Any = REQUIRED) -> Any:
+        value, given = self._value(key, default, null)
         if given and type(value) is not bool:
             raise self._malformed(key, "must be true or false")
         return value
@@ -133,8 +156,9 @@ class Reader:
             return None
         if not isinstance(value, dict):
             raise self._malformed(key, "must be an object")
-        self._readers.append(Reader(value, self._ignore, f"{self._prefix}{key}."))
-        return self._readers[-1]
+        if key not in self._readers:
+            self._readers[key] = Reader(value, self._ignore, f"{self._prefix}{key}.")
+        return self._readers[key]
 
     def only(self, key: str, *harmless: Any, default: Any = None) -> Any:
         """The key's value, which must be one of `harmless`; `default` where absent."""
@@ -148,7 +172,7 @@ class Reader:
 
     def finish(self) -> None:
         """Raises ConfigError for keys that nobody read."""
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.finish()
         for key, harmless in HARMLESS.items():
             if key not in self._seen:
@@ -188,6 +212,10 @@ class Reader:
                 raise self._malformed(key, "must not be null")
             return null, False
         return value, True
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def _short(value: Any) -> str:

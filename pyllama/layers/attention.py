@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pyllama.batch import Batch, Packed
 from pyllama.config import GQAConfig
 from pyllama.layers.linear import Linear
 from pyllama.layers.norm import RMSNorm
+from pyllama.layers.rope import Rotation
 from pyllama.ops.attention import attention
 from pyllama.ops.norm_rope_store import norm_rope_store_
 from pyllama.ops.paged_attention import paged_attention
@@ -23,28 +25,39 @@ class GQA(nn.Module):
         self.config = config
         self.qkv = Linear(hidden_size, (heads + 2 * kv_heads) * size, bias=config.qkv_bias)
         self.out = Linear(heads * size, hidden_size, bias=config.out_bias)
-        self.q_norm = RMSNorm(size, norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(size, norm_eps) if config.qk_norm else None
+        per_head = config.qk_norm == "head"
+        self.q_norm = RMSNorm(size if per_head else heads * size, norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size if per_head else kv_heads * size, norm_eps) if config.qk_norm else None
         self.norm_eps = norm_eps
 
-    def forward(self, x_TD: Tensor, batch: Packed, cos_sin: Tensor | None, kv_cache: Tensor | None) -> Tensor:
-        qkv = self.qkv(x_TD)
+    def forward(self, x_TD: Tensor, batch: Packed, rotation: Rotation | None, kv_cache: Tensor | None) -> Tensor:
+        qkv = self._over_all_heads(self.qkv(x_TD))
         if isinstance(batch, Batch) and kv_cache is not None:
-            out_THK = self._cached(qkv, batch, cos_sin, kv_cache)
+            out_THK = self._cached(qkv, batch, rotation, kv_cache)
         else:
-            out_THK = self._whole(qkv, batch, cos_sin)
+            out_THK = self._whole(qkv, batch, rotation)
         return self.out(out_THK.flatten(1))
 
-    def _cached(self, qkv: Tensor, batch: Batch, cos_sin: Tensor | None, kv_cache: Tensor) -> Tensor:
+    def _over_all_heads(self, qkv: Tensor) -> Tensor:
+        """What some models do to queries and keys before they are heads: a norm, a limit (OLMoE)."""
         config = self.config
+        if config.qk_norm == "whole" and self.q_norm is not None and self.k_norm is not None:
+            rows = config.num_heads, config.num_kv_heads, config.num_kv_heads
+            q, k, v = qkv.split([heads * config.head_dim for heads in rows], dim=1)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
+        return qkv if config.clip is None else qkv.clamp(-config.clip, config.clip)
+
+    def _cached(self, qkv: Tensor, batch: Batch, rotation: Rotation | None, kv_cache: Tensor) -> Tensor:
+        config = self.config
+        q_norm, k_norm = (self.q_norm, self.k_norm) if config.qk_norm == "head" else (None, None)
         norm_rope_store_(
             qkv,
             kv_cache,
-            batch.positions,
+            batch.positions if rotation is None else rotation.rows,
             batch.slots,
-            cos_sin,
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
+            None if rotation is None else rotation.cos_sin,
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
             self.norm_eps,
             config.rope is not None and config.rope.interleaved,
         )
@@ -59,15 +72,15 @@ class GQA(nn.Module):
             window=config.window,
         )
 
-    def _whole(self, qkv: Tensor, batch: Packed, cos_sin: Tensor | None) -> Tensor:
+    def _whole(self, qkv: Tensor, batch: Packed, rotation: Rotation | None) -> Tensor:
         """The same with functional ops, which have gradients."""
         config = self.config
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         q_THK, k_TGK, v_TGK = qkv.unflatten(1, (sum(heads), config.head_dim)).split(heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
+        if config.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        if config.rope is not None and cos_sin is not None:
-            q_THK = rope(q_THK, cos_sin, batch.positions, config.rope.interleaved)
-            k_TGK = rope(k_TGK, cos_sin, batch.positions, config.rope.interleaved)
+        if config.rope is not None and rotation is not None:
+            q_THK = rope(q_THK, *rotation, config.rope.interleaved)
+            k_TGK = rope(k_TGK, *rotation, config.rope.interleaved)
         seqlens, longest = batch.cu_seqlens, batch.max_seqlen
         return attention(q_THK, k_TGK, v_TGK, seqlens, seqlens, longest, longest, window=config.window)

@@ -12,6 +12,7 @@ from pyllama.layers.linear import Linear
 from pyllama.ops.grouped_linear import grouped_linear
 from pyllama.ops.moe_combine import moe_combine
 from pyllama.ops.moe_dispatch import moe_dispatch
+from pyllama.ops.product import product
 from pyllama.ops.swiglu import swiglu
 from pyllama.ops.topk_gate import topk_gate
 
@@ -49,10 +50,14 @@ class MoE(nn.Module):
         bias = torch.zeros(config.num_experts)  # moved by the trainer, not by a gradient (DeepSeek-V3)
         self.correction_bias = nn.Parameter(bias, requires_grad=False) if config.correction_bias else None
         self.shared = MLP(config.shared, hidden_size) if config.shared is not None else None
+        self.shared_gate = Linear(hidden_size, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         config = self.config
-        logits_TE = self.router(x_TD)
+        if config.float32_router and x_TD.dtype.itemsize < 4:
+            logits_TE = product(x_TD.float(), self.router.weight.float())
+        else:
+            logits_TE = self.router(x_TD)
         weights_TN, experts_TN = topk_gate(
             logits_TE,
             config.top_k,
@@ -68,5 +73,8 @@ class MoE(nn.Module):
         hidden = swiglu(grouped_linear(x_TD, self.gate_up, offsets, rows))
         out_TD = moe_combine(grouped_linear(hidden, self.down, offsets), positions_TN, weights_TN)
         if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)[0]
+            shared_TD, _ = self.shared(x_TD)
+            if self.shared_gate is not None:
+                shared_TD = self.shared_gate(x_TD).sigmoid() * shared_TD
+            out_TD = out_TD + shared_TD
         return out_TD, Routing(logits_TE, experts_TN)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pyllama.batch import Packed
-from pyllama.config import GQAConfig, LayerConfig, MLPConfig, MoEConfig
+from pyllama.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, MoEConfig
 from pyllama.layers.attention import GQA
 from pyllama.layers.ffn import MLP, MoE, Routing
+from pyllama.layers.mla import MLA
 from pyllama.layers.norm import RMSNorm
+from pyllama.layers.rope import Rotation
 
-ATTENTIONS: dict[type, type[GQA]] = {GQAConfig: GQA}
+ATTENTIONS: dict[type, type[GQA] | type[MLA]] = {GQAConfig: GQA, MLAConfig: MLA}
 FFNS: dict[type, type[MLP] | type[MoE]] = {MLPConfig: MLP, MoEConfig: MoE}
 
 
@@ -18,21 +20,21 @@ class Layer(nn.Module):
     def __init__(self, config: LayerConfig, hidden_size: int, norm_eps: float) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(hidden_size, norm_eps)
-        self.attention = ATTENTIONS[type(config.attention)](config.attention, hidden_size, norm_eps)
+        self.attention = ATTENTIONS[type(config.attention)](config.attention, hidden_size, norm_eps)  # type: ignore[arg-type]  # by the maps' keys
         self.ffn_norm = RMSNorm(hidden_size, norm_eps)
-        self.ffn = FFNS[type(config.ffn)](config.ffn, hidden_size)  # type: ignore[arg-type]  # by the map's keys
+        self.ffn = FFNS[type(config.ffn)](config.ffn, hidden_size)  # type: ignore[arg-type]
 
     def forward(
         self,
         x_TD: Tensor,
         residual_TD: Tensor | None,
         batch: Packed,
-        cos_sin: Tensor | None,
+        rotation: Rotation | None,
         kv_cache: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """(this layer's output, not yet added to the residual stream; the stream before it; the routing)."""
         x_TD, residual_TD = self.attention_norm.add(x_TD, residual_TD)
-        x_TD = self.attention(x_TD, batch, cos_sin, kv_cache)
+        x_TD = self.attention(x_TD, batch, rotation, kv_cache)
         x_TD, residual_TD = self.ffn_norm.add(x_TD, residual_TD)
         x_TD, routing = self.ffn(x_TD)
         return x_TD, residual_TD, routing

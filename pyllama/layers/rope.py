@@ -1,4 +1,4 @@
-"""The cos/sin table of rotary position embeddings, for every scaling: one pure function each.
+"""The cos/sin tables of rotary position embeddings, for every scaling: one pure function each.
 
 Angles are computed in float32 and in the order of the reference implementation (transformers'
 modeling_rope_utils): checkpoints were trained with those, and at long positions exact angles would differ.
@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyllama.config import LinearScaling, Llama3Scaling, RopeConfig
+from pyllama.batch import Packed
+from pyllama.config import LinearScaling, Llama3Scaling, LongRopeScaling, RopeConfig, YarnScaling
 
 
-def _linear(frequencies: Tensor, scaling: LinearScaling) -> Tensor:
-    return frequencies / scaling.factor
+class Rotation(NamedTuple):
+    """What the op `rope` needs of a pass."""
+
+    cos_sin: Tensor  # float32 [rows, R]
+    rows: Tensor  # int32 [T], each token's row of it
 
 
-def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+def _plain(rope: RopeConfig, periods: Tensor, scaling: None) -> Tensor:
+    """Frequencies of the pairs of dimensions; `periods` are tokens per radian without scaling."""
+    return 1.0 / periods
+
+
+def _linear(rope: RopeConfig, periods: Tensor, scaling: LinearScaling) -> Tensor:
+    return 1.0 / periods / scaling.factor
+
+
+def _llama3(rope: RopeConfig, periods: Tensor, scaling: Llama3Scaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    frequencies = 1.0 / periods
     wavelengths = 2 * math.pi / frequencies
     # 0 where the wave is so long that it never turned round in training, 1 where it turned round often.
     smooth = (scaling.original_max_positions / wavelengths - low) / (high - low)
@@ -30,14 +44,47 @@ def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     return torch.where(smooth < 0, stretched, torch.where(smooth > 1, frequencies, blended))
 
 
-SCALINGS: dict[type, Callable[[Tensor, Any], Tensor]] = {LinearScaling: _linear, Llama3Scaling: _llama3}
+def _yarn(rope: RopeConfig, periods: Tensor, scaling: YarnScaling) -> Tensor:
+    def pair_that_turns(times: float) -> float:
+        """Index of the pair of dimensions that turns so often in the original context."""
+        turns = scaling.original_max_positions / (times * 2 * math.pi)
+        return rope.dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    ramp = (torch.arange(rope.dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
+
+
+def _long(rope: RopeConfig, periods: Tensor, scaling: LongRopeScaling) -> Tensor:
+    return 1.0 / (torch.tensor([scaling.short_factors, scaling.long_factors]) * periods)
+
+
+FREQUENCIES: dict[type, Callable[[RopeConfig, Tensor, Any], Tensor]] = {
+    type(None): _plain,
+    LinearScaling: _linear,
+    Llama3Scaling: _llama3,
+    YarnScaling: _yarn,
+    LongRopeScaling: _long,
+}
 
 
 def cos_sin_table(rope: RopeConfig, positions: int, device: torch.device) -> Tensor:
-    """float32 [positions, rope.dim]: the cosines of each position's angles, then their sines."""
+    """float32 [positions, rope.dim]: the cosines of each position's angles, then their sines.
+
+    With LongRopeScaling [2 * positions, rope.dim]: each position with the short factors, then with the long ones.
+    """
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
-    frequencies = 1.0 / rope.theta**exponents
-    if rope.scaling is not None:
-        frequencies = SCALINGS[type(rope.scaling)](frequencies, rope.scaling)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+    frequencies = FREQUENCIES[type(rope.scaling)](rope, rope.theta**exponents, rope.scaling)
+    angles = torch.arange(positions, dtype=torch.float32).view(-1, 1, 1) * frequencies
+    return (torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.magnitude).flatten(0, 1).to(device)
+
+
+def table_rows(rope: RopeConfig, batch: Packed) -> Tensor:
+    """int32 [T]: each token's row of the table."""
+    if not isinstance(rope.scaling, LongRopeScaling):
+        return batch.positions
+    return batch.positions * 2 + (batch.lengths > rope.scaling.original_max_positions)

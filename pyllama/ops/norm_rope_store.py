@@ -72,11 +72,11 @@ def norm_rope_store_(
     if out is not qk_THK:
         qk_THK.copy_(out)
     kv_2GTK = heads_THK[:, H:].view(T, 2, G, K).permute(1, 2, 0, 3)
-    for first, count, page, place in _runs(slots.tolist(), S):
+    for first, count, page, place in runs(slots.tolist(), S):
         kv_cache[page, :, :, place : place + count] = kv_2GTK[:, :, first : first + count]
 
 
-def _runs(slots: list[int], S: int) -> Iterator[tuple[int, int, int, int]]:
+def runs(slots: list[int], S: int) -> Iterator[tuple[int, int, int, int]]:
     """Stretches of tokens that go to consecutive places of one page: first token, count, page, first place."""
     first = 0
     for t in range(1, len(slots) + 1):

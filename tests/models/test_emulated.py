@@ -75,7 +75,7 @@ class Case(NamedTuple):
 CASES = {
     "32": Case(64, 4, 2, 32, (None, None)),
     "64-window": Case(128, 4, 1, 64, (9, 70), {"qkv_bias": True}),
-    "64-norm": Case(64, 2, 2, 64, (None, 33), {"qk_norm": True}),
+    "64-norm": Case(64, 2, 2, 64, (None, 33), {"qk_norm": "head"}),
 }
 
 
