@@ -31,8 +31,6 @@ def read_config(values: dict[str, Any], ignore_config_keys: Iterable[str] = ()) 
     their path, as in "rope_scaling.factor".
     Raises ConfigError for an unknown architecture, and for keys that are unknown, unsupported or malformed.
     """
-    if isinstance(ignore_config_keys, str):
-        raise TypeError(f"ignore_config_keys must be a collection of keys, as in [{ignore_config_keys!r}]")
     values, dialect = hugging_face_config(values, ignore_config_keys)
     family = _family(values)
     reader = Reader(values, ignore_config_keys)
