@@ -105,5 +105,5 @@ def test_arguments(device: str) -> None:
         mla_rope_store_(q, latent, cache, weight, index, index.long(), cos_sin)
     with refused("mla_rope_store_: weight must have torch.float32, .*but has torch.float64"):
         mla_rope_store_(q, latent, cache, weight.double(), *tail)
-    with pytest.raises(RuntimeError, match="mla_rope_store_.*it writes in place: use torch.no_grad"):
+    with pytest.raises(RuntimeError, match=r"mla_rope_store_.*it writes in place: use torch\.no_grad"):
         mla_rope_store_(q.requires_grad_(), latent, cache, weight, *tail)
