@@ -46,6 +46,14 @@ def test_slots_follow_the_block_table(seed: int) -> None:
     assert batch.max_seqlen == max(queries)
     assert {t.dtype for t in (batch.positions, batch.slots, batch.cu_seqlens, batch.seq_lens)} == {torch.int32}
 
+    everything = [
+        int(block_table[b, p // PAGE_SIZE]) * PAGE_SIZE + p % PAGE_SIZE for b, n in enumerate(totals) for p in range(n)
+    ]
+    assert batch.cached.slots.tolist() == everything
+    assert batch.cached.cu_seqlens.tolist() == [sum(totals[:b]) for b in range(len(totals) + 1)]
+    assert batch.cached.max_seqlen == max(totals)
+    assert batch.cached.slots.dtype == batch.cached.cu_seqlens.dtype == torch.int32
+
 
 @pytest.mark.parametrize(("query", "total"), [(2, 1), (1, 65), (-1, 3), (0, 3)])
 def test_lengths_that_do_not_fit(query: int, total: int) -> None:

@@ -119,7 +119,7 @@ def test_weights_of_a_model_that_is_not_known_are_not_downloaded(hub: Hub, tmp_p
     config = json.loads((hub.folder / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
     (hub.folder / "config.json").write_text(json.dumps(config))
     result = load("owner/model", tmp_path / "cache", hub.address)
-    assert "['GPT2LMHeadModel'] is not known; known: LlamaForCausalLM" in result.stderr
+    assert "['GPT2LMHeadModel'] is not known; known: " in result.stderr
     assert "model.safetensors" not in hub.downloads
 
 

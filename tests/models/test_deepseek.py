@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import pytest
 import torch
 from deepseek_decoder import DeepseekDecoder
 from families import old_spelling, write
+from safetensors.torch import load_file, save_file
 from test_families import TOKENS, error, logits, tokens
 from test_families import test_cached_decoding_equals_the_full_pass as cached_decoding_equals_the_full_pass
 from test_families import test_greedy_tokens_equal_transformers as greedy_tokens_equal_transformers
 
 import pyllama
+from pyllama.batch import Batch
+from pyllama.cache import PAGE_SIZE, PagedCache
 
 FAMILIES = "deepseek_v2", "deepseek_v3"
 CASES = [(family, seed) for family in FAMILIES for seed in range(20)]
@@ -116,3 +121,59 @@ def test_greedy_tokens_equal_transformers(checkpoint: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_cached_decoding_equals_the_full_pass(checkpoint: Path, seed: int) -> None:
     cached_decoding_equals_the_full_pass(checkpoint, seed)
+
+
+@torch.inference_mode()
+def test_absorbed_decoding_equals_the_expanded_form(checkpoint: Path) -> None:
+    """One more token of sequences of all lengths around a page, in both forms, after the same prompts."""
+    model = pyllama.load(checkpoint, device="cpu", dtype="float64")
+    lengths = [2, PAGE_SIZE, PAGE_SIZE + 1, 100]
+    sequences = [tokens(length, seed=length) for length in lengths]
+    block_table = torch.arange(8, dtype=torch.int32).flip(0).view(4, 2)
+    cache = PagedCache(model.config, 8, "cpu", torch.float64)
+    before = [length - 1 for length in lengths]
+    prompts = torch.cat([sequence[:-1] for sequence in sequences])
+    model.run(prompts, Batch.from_lengths(before, before, block_table, PAGE_SIZE), cache)
+    step = Batch.from_lengths([1] * 4, lengths, block_table, PAGE_SIZE)
+    last = torch.stack([sequence[-1] for sequence in sequences])
+    absorbed, expanded = (model.run(last, batch, cache) for batch in (step, replace(step, max_seqlen=2)))
+    assert not torch.equal(absorbed, expanded)  # they are two computations
+    torch.testing.assert_close(absorbed, expanded, rtol=0, atol=1e-12)
+    torch.testing.assert_close(absorbed, torch.stack([logits(model, s)[-1] for s in sequences]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_shared_experts(family: str, tmp_path: Path) -> None:
+    """DeepSeek's code has none where the number is null, which transformers' does not take."""
+    write(tmp_path, draw(family, 3))
+    weights = load_file(tmp_path / "model.safetensors")
+    assert any("shared_experts" in name for name in weights)
+    save_file({name: w for name, w in weights.items() if "shared_experts" not in name}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_shared_experts": None}))
+    token_ids = tokens(TOKENS)
+    exact = DeepseekDecoder(tmp_path)(token_ids)
+    assert error(logits(pyllama.load(tmp_path, device="cpu"), token_ids), exact) < 1e-5 * exact.std()
+
+
+def test_groups_of_one_expert(tmp_path: Path) -> None:
+    """Such a group is worth its only expert; transformers asks each for two."""
+    groups = {"n_routed_experts": 5, "n_group": 5, "topk_group": 3, "num_experts_per_tok": 2}
+    write(tmp_path, draw("deepseek_v3", 0) | groups | {"first_k_dense_replace": 0})
+    token_ids = tokens(TOKENS)
+    exact = DeepseekDecoder(tmp_path)(token_ids)
+    assert error(logits(pyllama.load(tmp_path, device="cpu"), token_ids), exact) < 1e-5 * exact.std()
+
+
+def test_the_correction_bias_stays_float32_and_changes_the_choice(tmp_path: Path) -> None:
+    write(tmp_path, draw("deepseek_v3", 0) | {"first_k_dense_replace": 0, "num_experts_per_tok": 1})
+    model, token_ids = pyllama.load(tmp_path, device="cpu", dtype="bfloat16"), tokens(TOKENS)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("correction_bias")}
+    assert len(biases) == len(model.layers)
+    assert {bias.dtype for bias in biases.values()} == {torch.float32}
+    assert model.layers[0].ffn.router.weight.dtype == torch.bfloat16
+    exact = DeepseekDecoder(tmp_path)(token_ids)
+    model = pyllama.load(tmp_path, device="cpu")
+    for bias in biases:
+        model.get_parameter(bias).zero_()
+    assert error(logits(model, token_ids), exact) > 0.1 * exact.std()
