@@ -15,7 +15,7 @@ from pyllama.weights import BlockScales, WeightTable
 
 
 def translate(reader: Reader) -> dict[str, Any]:
-    """The same in Hugging Face's keys: with softmax it is a DeepSeek-V2, with sigmoid a DeepSeek-V3.
+    """The same in Hugging Face's keys, for transformers too: with softmax a DeepSeek-V2, with sigmoid a DeepSeek-V3.
 
     DeepSeek's code gives the router a correction bias, and scores groups by two experts, where `dim` is V3's 7168.
     Here it is where score_func is sigmoid, and a checkpoint that does not agree lacks a tensor or has one too many.
@@ -26,6 +26,8 @@ def translate(reader: Reader) -> dict[str, Any]:
         reader.anything(key)
     config = {
         "architectures": [f"DeepseekV{3 if sigmoid else 2}ForCausalLM"],
+        "model_type": f"deepseek_v{3 if sigmoid else 2}",
+        "num_key_value_heads": None,  # as many as there are heads
         "topk_method": "noaux_tc" if sigmoid else "greedy" if groups == 1 else "group_limited_greedy",
         "norm_topk_prob": sigmoid,
         "n_group": groups,
