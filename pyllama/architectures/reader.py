@@ -53,10 +53,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
 }
 
-REASONS = {
-    "auto_map": "the checkpoint brings its own code, which is not run",
-}
-
 
 class ConfigError(ValueError):
     """A configuration says something that is not understood or not supported."""
@@ -92,11 +88,13 @@ class Reader:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def integer(self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, most: int = MAX_SIZE) -> Any:
-        """A positive integer, `most` at most."""
+    def integer(
+        self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, zero: bool = False, most: int = MAX_SIZE
+    ) -> Any:
+        """A positive integer, or zero where that has a meaning; `most` at most."""
         value, given = self._value(key, default, null)
-        if given and not (type(value) is int and value > 0):
-            raise self._malformed(key, "must be a positive integer")
+        if given and not (type(value) is int and value >= (not zero)):
+            raise self._malformed(key, f"must be a positive integer{' or 0' if zero else ''}")
         if given and value > most:
             raise self._malformed(key, f"must be {most} at most")
         return value
@@ -177,11 +175,8 @@ class Reader:
         for key, harmless in HARMLESS.items():
             if key not in self._seen:
                 self.only(key, *harmless)
-        for key, reason in REASONS.items():
-            if self._values.get(key) is not None and key not in self._seen:
-                raise self.refusal(key, reason)
         irrelevant = frozenset[str]() if self._prefix else IRRELEVANT
-        if unknown := sorted(self._values.keys() - self._seen - irrelevant - REASONS.keys()):
+        if unknown := sorted(self._values.keys() - self._seen - irrelevant):
             pairs = ", ".join(f"{self._prefix}{key} = {_short(self._values[key])}" for key in unknown)
             raise ConfigError(
                 f"config.json has keys that are not known and may change what the model computes: {pairs}. "
