@@ -42,11 +42,18 @@ def rope(config: ModelConfig) -> RopeConfig:
 
 def test_families_are_found_by_themselves() -> None:
     assert set(FAMILIES) >= {
+        "Glm4MoeForCausalLM",
         "LlamaForCausalLM",
         "LlamaMoeForCausalLM",
         "MinistralForCausalLM",
         "MistralForCausalLM",
         "MixtralForCausalLM",
+        "OlmoeForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
     }
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from pyllama.architectures.common import Dialect, Family, read_quantization
+from pyllama.architectures.common import Dialect, Family, read_quantization, refuse_own_code
 from pyllama.architectures.reader import ConfigError, Reader
 from pyllama.config import ModelConfig
 from pyllama.weights import WeightTable
@@ -34,6 +34,7 @@ def read_config(values: dict[str, Any], ignore_config_keys: Iterable[str] = ()) 
     values, dialect = hugging_face_config(values, ignore_config_keys)
     family = _family(values)
     reader = Reader(values, ignore_config_keys)
+    refuse_own_code(reader)
     config = family.read(reader)
     scales = read_quantization(reader)
     reader.finish()

@@ -85,10 +85,12 @@ def read_attention(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     rotated: float | None = None,
+    original: int | None = None,
     **options: Any,
 ) -> GQAConfig:
     """Grouped-query attention; transformers' defaults: `rope_theta`, `kv_heads` (None: one per head), `head_dim`
-    (None: hidden_size / heads), `rotated` (the share of a head that is rotated; None: all, whatever is said)."""
+    (None: hidden_size / heads), `rotated` (the share of a head that is rotated; None: all, whatever is said),
+    `original` (see `read_rope`)."""
     heads = reader.integer("num_attention_heads")
     kv_heads = reader.integer("num_key_value_heads", default=kv_heads or heads, null=heads)
     if heads % kv_heads:
@@ -102,7 +104,15 @@ def read_attention(
     if size % 2:
         raise reader.refusal("head_dim", f"RoPE rotates pairs, and the head size {size} is odd")
     dim = size if rotated is None else read_rotated(reader, size, rotated)
-    return GQAConfig(heads, kv_heads, size, read_rope(reader, dim, rope_theta, positions=positions), **options)
+    rope = read_rope(reader, dim, rope_theta, positions=positions, original=original)
+    return GQAConfig(heads, kv_heads, size, rope, **options)
+
+
+def read_windows(reader: Reader, layers: int, window: int | None, slides: Callable[[int], bool]) -> list[int | None]:
+    """Each layer's sliding window: `window` where `layer_types` or, without them, `slides` says so of the layer."""
+    kinds = reader.strings("layer_types", ("sliding_attention", "full_attention"), layers)
+    sliding = [slides(i) for i in range(layers)] if kinds is None else [kind == "sliding_attention" for kind in kinds]
+    return [window if slide else None for slide in sliding]
 
 
 def read_experts(reader: Reader, key: str, *, experts: int = REQUIRED, top_k: int = REQUIRED) -> tuple[int, int]:
@@ -115,11 +125,18 @@ def read_experts(reader: Reader, key: str, *, experts: int = REQUIRED, top_k: in
 
 
 def read_rope(
-    reader: Reader, dim: int, default_theta: float, *, positions: int, interleaved: bool = False
+    reader: Reader,
+    dim: int,
+    default_theta: float,
+    *,
+    positions: int,
+    original: int | None = None,
+    interleaved: bool = False,
 ) -> RopeConfig:
     """RoPE of `dim` dimensions in both spellings: `rope_parameters`, or `rope_theta` and `rope_scaling`.
 
-    positions: max_position_embeddings, which some scalings refer to.
+    positions: max_position_embeddings, which some scalings refer to. original: the context before the scaling, where
+    it is not given; None: `positions`.
     """
     theta = reader.number("rope_theta", default=default_theta)
     found = _rope_object(reader)
@@ -127,14 +144,16 @@ def read_rope(
         return RopeConfig(theta, dim, interleaved)
     theta = found.number("rope_theta", default=theta)
     key = "type" if "type" in found and "rope_type" not in found else "rope_type"
-    kind = found.only(key, "default", *_SCALINGS, "su", default="default")
-    found.only("type", kind)  # some files give both
+    kind = found.only(key, "default", *_SCALINGS, *_LONGROPE, default="default")
+    if "short_factor" in found and kind in _LONGROPE:
+        kind = "longrope"
+    found.only("type", kind, *(_LONGROPE if kind == "longrope" else ()))  # some files give both
     if kind == "default":
         return RopeConfig(theta, dim, interleaved)
     # Phi-3 has its original context beside rope_scaling, not in it, and there it counts more.
-    original = found.integer("original_max_position_embeddings", default=positions)
+    original = found.integer("original_max_position_embeddings", default=original or positions)
     original = reader.integer("original_max_position_embeddings", default=original)
-    scaling, magnitude = _SCALINGS["longrope" if kind == "su" else kind](found, original, positions, dim)
+    scaling, magnitude = _SCALINGS[kind](found, original, positions, dim)
     return RopeConfig(theta, dim, interleaved, scaling, magnitude)
 
 
@@ -202,6 +221,7 @@ _SCALINGS: dict[str, Callable[[Reader, int, int, int], tuple[RopeScaling, float]
     "yarn": _yarn,
     "longrope": _longrope,
 }
+_LONGROPE = ("longrope", "su", "yarn")  # its names in files of Phi-3, the older ones last
 
 
 def read_quantization(reader: Reader) -> BlockScales | None:
@@ -217,6 +237,18 @@ def read_quantization(reader: Reader) -> BlockScales | None:
         found.anything(key)
     rows, columns = found.integers("weight_block_size", 2)
     return BlockScales(rows, columns)
+
+
+def refuse_own_code(reader: Reader) -> None:
+    """Raises ConfigError for a model that only its publisher's code can run.
+
+    Checkpoints of families that are known here often bring a copy of the family's code, under the family's own name
+    (Phi-3, DeepSeek-V3). It is not needed, and like any other it is never run.
+    """
+    classes = reader.anything("auto_map")
+    brought = classes.get("AutoModelForCausalLM") if isinstance(classes, dict) else classes
+    if brought is not None and str(brought).split(".")[-1] not in reader.anything("architectures"):
+        raise reader.refusal("auto_map", "the checkpoint brings its own code, which is not run")
 
 
 ATTENTION = (
@@ -239,6 +271,8 @@ ATTENTION = (
         ),
         0,
     ),
+    Rule("layers.{i}.attention.q_norm.weight", ("model.layers.{i}.self_attn.q_norm.weight",), None),
+    Rule("layers.{i}.attention.k_norm.weight", ("model.layers.{i}.self_attn.k_norm.weight",), None),
     Rule("layers.{i}.attention.out.weight", ("model.layers.{i}.self_attn.o_proj.weight",), 1),
     Rule("layers.{i}.attention.out.bias", ("model.layers.{i}.self_attn.o_proj.bias",), None),
     Rule("layers.{i}.ffn_norm.weight", ("model.layers.{i}.post_attention_layernorm.weight",), None),

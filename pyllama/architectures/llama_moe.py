@@ -14,9 +14,9 @@ from pyllama.architectures.common import (
     read_positions,
     weight_table,
 )
+from pyllama.architectures.experts import EXPERTS, shared_expert
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig, MoEConfig
-from pyllama.weights import Rule
 
 
 def read(reader: Reader) -> ModelConfig:
@@ -31,34 +31,10 @@ def read(reader: Reader) -> ModelConfig:
         size=reader.integer("moe_intermediate_size"),
         renormalize=reader.boolean("norm_topk_prob", default=True),
         shared=MLPConfig(reader.integer("shared_expert_intermediate_size")),
-        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001),
+        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001, zero=True),
     )
     layers = reader.layers()
     return read_decoder(reader, [attention] * layers, [ffn] * layers, positions=positions, norm_eps=1e-6)
 
 
-FAMILY = Family(
-    ("LlamaMoeForCausalLM",),
-    read,
-    weight_table(
-        Rule("layers.{i}.ffn.router.weight", ("model.layers.{i}.mlp.gate.weight",), None),
-        Rule(
-            "layers.{i}.ffn.gate_up",
-            (
-                "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
-                "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
-            ),
-            1,
-        ),
-        Rule("layers.{i}.ffn.down", ("model.layers.{i}.mlp.experts.{e}.down_proj.weight",), 2),
-        Rule(
-            "layers.{i}.ffn.shared.gate_up.weight",
-            (
-                "model.layers.{i}.mlp.shared_expert.gate_proj.weight",
-                "model.layers.{i}.mlp.shared_expert.up_proj.weight",
-            ),
-            0,
-        ),
-        Rule("layers.{i}.ffn.shared.down.weight", ("model.layers.{i}.mlp.shared_expert.down_proj.weight",), 1),
-    ),
-)
+FAMILY = Family(("LlamaMoeForCausalLM",), read, weight_table(*EXPERTS, *shared_expert("shared_expert")))

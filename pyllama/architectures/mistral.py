@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
+from pyllama.architectures.common import (
+    Family,
+    read_attention,
+    read_decoder,
+    read_positions,
+    read_windows,
+    weight_table,
+)
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig
 
@@ -18,12 +25,9 @@ def read(reader: Reader) -> ModelConfig:
     window = reader.integer("sliding_window", default=4096, null=None)
     positions = read_positions(reader, 131072)
     attention = read_attention(reader, positions=positions, rope_theta=10_000.0, kv_heads=8)
-    kinds = reader.strings("layer_types", ("sliding_attention", "full_attention"), layers)
-    attentions = [
-        replace(attention, window=window if kind == "sliding_attention" else None)
-        for kind in kinds or ["sliding_attention"] * layers
-    ]
+    windows = read_windows(reader, layers, window, lambda layer: True)
     ffn = MLPConfig(reader.integer("intermediate_size"))
+    attentions = [replace(attention, window=window) for window in windows]
     return read_decoder(reader, attentions, [ffn] * layers, positions=positions, norm_eps=1e-6)
 
 

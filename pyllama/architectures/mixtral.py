@@ -25,7 +25,7 @@ def read(reader: Reader) -> ModelConfig:
         num_experts=experts,
         top_k=top_k,
         size=reader.integer("intermediate_size"),
-        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001),
+        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001, zero=True),
     )
     layers = reader.layers()
     return read_decoder(reader, [attention] * layers, [ffn] * layers, positions=positions, norm_eps=1e-5)

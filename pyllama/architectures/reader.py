@@ -53,10 +53,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
 }
 
-REASONS = {
-    "auto_map": "the checkpoint brings its own code, which is not run",
-}
-
 
 class ConfigError(ValueError):
     """A configuration says something that is not understood or not supported."""
@@ -179,11 +175,8 @@ class Reader:
         for key, harmless in HARMLESS.items():
             if key not in self._seen:
                 self.only(key, *harmless)
-        for key, reason in REASONS.items():
-            if self._values.get(key) is not None and key not in self._seen:
-                raise self.refusal(key, reason)
         irrelevant = frozenset[str]() if self._prefix else IRRELEVANT
-        if unknown := sorted(self._values.keys() - self._seen - irrelevant - REASONS.keys()):
+        if unknown := sorted(self._values.keys() - self._seen - irrelevant):
             pairs = ", ".join(f"{self._prefix}{key} = {_short(self._values[key])}" for key in unknown)
             raise ConfigError(
                 f"config.json has keys that are not known and may change what the model computes: {pairs}. "

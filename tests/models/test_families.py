@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from decoder import Decoder
-from families import draw, old_spelling, write, write_llama_moe
+from families import GROUPS, OPTIONS, draw, old_spelling, write, write_llama_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -20,7 +19,7 @@ from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
 from pyllama.model import Model
 
 TOKENS = 75  # longer than the windows and than llama3 scaling's original context
-CASES = [(family, seed) for family in ("llama", "mistral", "mixtral") for seed in range(20)]
+CASES = [(family, seed) for family in OPTIONS for seed in range(20)]
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -38,29 +37,75 @@ def error(found: Tensor, reference: Tensor) -> float:
     return (found.double() - reference).abs().max().item()
 
 
-def test_the_cases_cover_every_option() -> None:
-    def seen(read: Callable[[dict[str, Any]], Any], *families: str) -> set[Any]:
-        return {read(draw(family, seed)) for family, seed in CASES if family in families}
+# What the cases of each family must have between them; a tuple of keys: together.
+ON_OFF = {False, True}
+WINDOWS = {"use_sliding_window": ON_OFF, "sliding_window": {7, 64}, "max_window_layers": {0, 1, 2, 28}}
+SPARSE = {"norm_topk_prob": ON_OFF, "decoder_sparse_step": {1, 2}}
+COVERED: dict[str, dict[Any, set[Any]]] = {
+    "llama": {("attention_bias", "mlp_bias"): {(a, b) for a in ON_OFF for b in ON_OFF}},
+    "mistral": {"sliding_window": {None, 7, 64}},
+    "mixtral": {"sliding_window": {None, 7, 64}},
+    "phi3": {"sliding_window": {None, 7, 64}, "original_max_position_embeddings": {40, 128, 256}},
+    "qwen2": WINDOWS,
+    "qwen3": WINDOWS | {"attention_bias": ON_OFF},
+    "qwen3_moe": SPARSE | {"use_sliding_window": ON_OFF, "attention_bias": ON_OFF},
+    "qwen2_moe": SPARSE | {"use_sliding_window": ON_OFF, "qkv_bias": ON_OFF},
+    "olmoe": {"norm_topk_prob": ON_OFF, "attention_bias": ON_OFF, "clip_qkv": {None, 0.4, 1.5}},
+    "glm4_moe": {
+        ("attention_bias", "use_qk_norm"): {(a, b) for a in ON_OFF for b in ON_OFF},
+        ("n_routed_experts", "n_group", "topk_group"): set(GROUPS),
+        "first_k_dense_replace": {0, 1, 2, 5},
+        "routed_scaling_factor": {1.0, 2.5},
+        "n_shared_experts": {1, 2},
+        "norm_topk_prob": ON_OFF,
+    },
+}
 
-    every = "llama", "mistral", "mixtral"
-    for family in every:
-        ropes = seen(lambda c: (c["rope_parameters"]["rope_type"], c["rope_parameters"]["rope_theta"]), family)
-        assert {rope for rope, _ in ropes} == {"default", "linear", "llama3"}
-        assert seen(lambda c: c["tie_word_embeddings"], family) == {False, True}
-        assert seen(lambda c: c["head_dim"], family) >= {None, 20, 32}  # derived; not a power of two
-        assert seen(lambda c: c["num_attention_heads"] // c["num_key_value_heads"], family) == {1, 2, 4}
-    assert len(seen(lambda c: (c["attention_bias"], c["mlp_bias"]), "llama")) == 4
-    for family in ("mistral", "mixtral"):
-        assert seen(lambda c: c["sliding_window"], family) == {None, 7, 64}
-    chosen = seen(lambda c: (c["num_experts_per_tok"], c["num_local_experts"]), "mixtral")
-    assert any(top_k == 1 for top_k, _ in chosen)
-    assert any(top_k == experts > 1 for top_k, experts in chosen)
-    assert any(1 < top_k < experts for top_k, experts in chosen)
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_the_cases_cover_every_option(family: str) -> None:
+    configs = [draw(family, seed) for other, seed in CASES if other == family]
+
+    def seen(keys: str | tuple[str, ...]) -> set[Any]:
+        return {
+            config.get(keys) if isinstance(keys, str) else tuple(config.get(key) for key in keys) for config in configs
+        }
+
+    ropes = [config["rope_parameters"] for config in configs]
+    kinds = {rope["rope_type"] for rope in ropes}
+    assert kinds == ({"default", "longrope"} if family == "phi3" else {"default", "linear", "llama3", "yarn"})
+    assert seen("tie_word_embeddings") == ON_OFF
+    assert {config["num_attention_heads"] // config["num_key_value_heads"] for config in configs} == {1, 2, 4}
+    sizes = [config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"] for config in configs]
+    assert len(set(sizes)) > 2
+    assert any(size & (size - 1) for size in sizes)  # not a power of two
+    if family in ("phi3", "glm4_moe"):
+        assert len({rope["partial_rotary_factor"] for rope in ropes}) > 1
+    for keys, values in COVERED[family].items():
+        assert seen(keys) >= values
+    if "num_experts_per_tok" in configs[0]:
+        experts = next(key for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in configs[0])
+        chosen = seen(("num_experts_per_tok", experts))
+        assert any(top_k == 1 for top_k, _ in chosen)
+        assert any(top_k == experts > 1 for top_k, experts in chosen)
+        assert any(1 < top_k < experts for top_k, experts in chosen)
+    if "mlp_only_layers" in configs[0]:
+        sparse = {frozenset(sparse_layers(config)) for config in configs}
+        assert frozenset() in sparse
+        assert {frozenset(range(layers)) for layers in (1, 2, 3)} & sparse
+        assert sparse - {frozenset(range(layers)) for layers in range(4)}  # some layers, not the first ones
+
+
+def sparse_layers(config: dict[str, Any]) -> list[int]:
+    """Qwen's layers with experts."""
+    layers, without = config["num_hidden_layers"], config["mlp_only_layers"] or []
+    return [i for i in range(layers) if i not in without and (i + 1) % config["decoder_sparse_step"] == 0]
 
 
 @pytest.mark.parametrize(("family", "seed"), CASES)
 def test_logits_are_as_near_to_float64_as_transformers(family: str, seed: int, tmp_path: Path) -> None:
-    reference_model = write(tmp_path, draw(family, seed))
+    config = draw(family, seed)
+    reference_model = write(tmp_path, config)
     token_ids = tokens(TOKENS, seed=seed)
     found = logits(pyllama.load(tmp_path, device="cpu"), token_ids)
     exact = Decoder(tmp_path)(token_ids)
@@ -68,7 +113,7 @@ def test_logits_are_as_near_to_float64_as_transformers(family: str, seed: int, t
     assert transformers_error < 1e-4 * exact.std()  # the two references are the same model
     assert error(found, exact) <= 3 * transformers_error
 
-    old_spelling(tmp_path)
+    old_spelling(tmp_path, drop=() if config.get("layer_types") else ["layer_types"])
     assert torch.equal(logits(pyllama.load(tmp_path, device="cpu"), token_ids), found)
 
 
