@@ -20,19 +20,21 @@ from pyllama import _C
 from pyllama.architectures import read_config
 from pyllama.architectures.reader import ConfigError, read_json
 from pyllama.cache import free_memory
+from pyllama.checkpoint import Checkpoint
 from pyllama.config import ModelConfig, MoEConfig
+from pyllama.files import CheckpointError
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 from pyllama.tokenizer import Tokenizer
-from pyllama.weights import Checkpoint, CheckpointError, WeightTable, check_tied, copy_weights, plan
+from pyllama.weights import WeightTable, check_tied, copy_weights, plan
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
 CONFIG_FILES = ["*.json", "*.jinja"]
-WEIGHT_FILES = ["*.safetensors"]
-# Copies of the same weights in another layout, and whatever lies in folders.
-OTHER_FILES = ["consolidated*", "*/*"]
+# The first of these patterns that a repository has files for; further ones are the same weights again.
+WEIGHT_FILES = ["model*.safetensors", "*.safetensors", "pytorch_model*.bin", "consolidated.*.pth", "*.bin", "*.pt*"]
+OTHER_FILES = ["*/*"]  # whatever lies in folders
 
 
 def load(
@@ -41,7 +43,9 @@ def load(
     dtype: torch.dtype | str | None = None,
     ignore_config_keys: Iterable[str] = (),
 ) -> Model:
-    """Loads a checkpoint in Hugging Face's layout: config.json, *.safetensors, tokenizer.json.
+    """Loads a checkpoint in Hugging Face's layout: config.json, weights, tokenizer.json.
+
+    Weights are *.safetensors, or else files of torch.save (*.bin, *.pth, *.pt) that hold nothing but tensors.
 
     source: a folder, a Hub id ("mistralai/Mistral-7B-v0.1", downloaded once), or "demo", the little model
     that comes with the package. device: None is the GPU where there is one, else the CPU. dtype: "float32",
@@ -63,7 +67,7 @@ def load(
         folder = _download(str(source), CONFIG_FILES)
     config, table = _read_config(folder, ignore_config_keys)
     if remote:  # only now: what cannot be read is not worth the download
-        folder = _download(str(source), CONFIG_FILES + WEIGHT_FILES)
+        folder = _download_weights(str(source), folder)
     model = _load_weights(folder, config, table, target, chosen)
     model.tokenizer = Tokenizer.from_folder(folder)
     model.eos_token_ids = _eos_token_ids(folder, model.tokenizer)
@@ -181,6 +185,14 @@ def _download(repo: str, patterns: list[str]) -> Path:
             f"there is no folder {repo}, and the Hugging Face Hub cannot be reached for a repository of this name; "
             f"offline, give a folder that holds the checkpoint ({reason})"
         ) from error
+
+
+def _download_weights(repo: str, folder: Path) -> Path:
+    for pattern in WEIGHT_FILES:
+        folder = _download(repo, [*CONFIG_FILES, pattern])
+        if any(folder.glob(pattern)):
+            break
+    return folder
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -18,6 +18,9 @@ ORDER = [
     {"cache"},
     {"layers"},
     {"model"},
+    {"files"},
+    {"torch_file"},
+    {"checkpoint"},
     {"weights"},
     {"architectures"},
     {"tokenizer"},
@@ -35,9 +38,12 @@ ONLY = {
     "config": set(),
     "batch": set(),
     "cache": {"config"},
-    "weights": {"config"},
-    "architectures": {"config", "weights"},
-    "tokenizer": {"architectures"},  # its reader of JSON files
+    "files": set(),
+    "torch_file": {"files"},
+    "checkpoint": {"files", "torch_file"},
+    "weights": {"files", "checkpoint"},
+    "architectures": {"config", "files", "weights"},
+    "tokenizer": {"files", "architectures"},  # its reader of JSON files
 }
 OPS = sorted(
     path.stem

@@ -24,7 +24,7 @@ from pyllama.architectures.reader import ConfigError
 from pyllama.cache import free_memory
 from pyllama.loader import _check_kernels_take, _device, _fitting_dtype
 from pyllama.ops.registry import OPS, implementation
-from pyllama.weights import CheckpointError
+from pyllama.files import CheckpointError
 
 
 @pytest.fixture
