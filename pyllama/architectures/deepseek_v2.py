@@ -14,8 +14,9 @@ from pyllama.architectures.common import (
     weight_table,
     yarn_magnitude,
 )
-from pyllama.architectures.reader import REQUIRED, Reader
-from pyllama.config import MLAConfig, MLPConfig, ModelConfig, MoEConfig, YarnScaling
+from pyllama.architectures.experts import EXPERTS, read_dense_first, read_groups, shared_expert
+from pyllama.architectures.reader import Reader
+from pyllama.config import FFNConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, YarnScaling
 from pyllama.weights import Rule, WeightTable
 
 
@@ -89,32 +90,17 @@ def _read_mscale(reader: Reader) -> float:
     return everywhere
 
 
-def read_groups(
-    reader: Reader, experts: int, top_k: int, *, groups: int = REQUIRED, chosen: int = REQUIRED
-) -> tuple[int, int]:
-    """(groups of experts, how many of them a token may use); `groups` and `chosen` are transformers' defaults."""
-    groups, chosen = reader.integer("n_group", default=groups), reader.integer("topk_group", default=chosen)
-    if experts % groups:
-        raise reader.refusal("n_group", f"n_routed_experts = {experts} is not a multiple of it")
-    if chosen > groups:
-        raise reader.refusal("topk_group", f"there are only n_group = {groups}")
-    if top_k > experts // groups * chosen:
-        raise reader.refusal("num_experts_per_tok", f"{chosen} groups have only {experts // groups * chosen} experts")
-    return groups, chosen
-
-
 def read_shared(reader: Reader, *, default: int, bias: bool = False) -> MLPConfig | None:
     """The shared experts, which are one of their joint size; `default` is transformers'."""
     shared = reader.integer("n_shared_experts", default=default, null=None)
     return None if shared is None else MLPConfig(shared * reader.integer("moe_intermediate_size"), bias)
 
 
-def read_ffns(reader: Reader, mlp: MLPConfig, moe: MoEConfig, *, dense: int) -> list[MLPConfig | MoEConfig]:
+def read_ffns(reader: Reader, mlp: MLPConfig, moe: MoEConfig, *, dense: int) -> list[FFNConfig]:
     """The feed-forward of each layer: the first are dense; `dense` is transformers' default."""
     reader.only("moe_layer_freq", 1)
     reader.anything("ep_size")  # how DeepSeek's code spreads experts over devices
-    layers, dense = reader.layers(), reader.integer("first_k_dense_replace", default=dense, zero=True)
-    return [mlp if i < dense else moe for i in range(layers)]
+    return read_dense_first(reader, moe, mlp, reader.layers(), dense)
 
 
 def weights(config: ModelConfig) -> WeightTable:
@@ -132,30 +118,12 @@ def weights(config: ModelConfig) -> WeightTable:
     return weight_table(*rules)(config)
 
 
-_ATTENTION, _FFN = "model.layers.{i}.self_attn", "model.layers.{i}.mlp"
+_ATTENTION = "model.layers.{i}.self_attn"
 _RULES = (
     Rule("layers.{i}.attention.q_norm.weight", (f"{_ATTENTION}.q_a_layernorm.weight",), None),
     Rule("layers.{i}.attention.kv_norm.weight", (f"{_ATTENTION}.kv_a_layernorm.weight",), None),
     Rule("layers.{i}.attention.kv_up.weight", (f"{_ATTENTION}.kv_b_proj.weight",), 0),
-    Rule("layers.{i}.ffn.router.weight", (f"{_FFN}.gate.weight",), None),
-    Rule("layers.{i}.ffn.correction_bias", (f"{_FFN}.gate.e_score_correction_bias",), None),
-    Rule(
-        "layers.{i}.ffn.gate_up",
-        (f"{_FFN}.experts.{{e}}.gate_proj.weight", f"{_FFN}.experts.{{e}}.up_proj.weight"),
-        1,
-    ),
-    Rule("layers.{i}.ffn.down", (f"{_FFN}.experts.{{e}}.down_proj.weight",), 2),
-    Rule(
-        "layers.{i}.ffn.shared.gate_up.weight",
-        (f"{_FFN}.shared_experts.gate_proj.weight", f"{_FFN}.shared_experts.up_proj.weight"),
-        0,
-    ),
-    Rule(
-        "layers.{i}.ffn.shared.gate_up.bias",
-        (f"{_FFN}.shared_experts.gate_proj.bias", f"{_FFN}.shared_experts.up_proj.bias"),
-        0,
-    ),
-    Rule("layers.{i}.ffn.shared.down.weight", (f"{_FFN}.shared_experts.down_proj.weight",), 1),
-    Rule("layers.{i}.ffn.shared.down.bias", (f"{_FFN}.shared_experts.down_proj.bias",), None),
+    *EXPERTS,
+    *shared_expert("shared_experts"),
 )
 FAMILY = Family(("DeepseekV2ForCausalLM",), read, weights)

@@ -20,9 +20,14 @@ def read_dense_first(reader: Reader, moe: MoEConfig, dense: MLPConfig, layers: i
     return [dense if i < first else moe for i in range(layers)]
 
 
-def read_groups(reader: Reader, experts: int, top_k: int, *, least: int = 1) -> tuple[int, int]:
+def read_groups(
+    reader: Reader, experts: int, top_k: int, *, least: int = 1, defaults: tuple[int, int] = (1, 1)
+) -> tuple[int, int]:
     """(groups of experts, groups that a token may choose from); a group has `least` experts at least."""
-    groups, chosen = (reader.integer(key, default=1, null=1) for key in ("n_group", "topk_group"))
+    groups, chosen = (
+        reader.integer(key, default=default, null=1)
+        for key, default in zip(("n_group", "topk_group"), defaults, strict=True)
+    )
     if experts % groups or experts // groups < least:
         raise reader.refusal("n_group", f"{experts} experts cannot form so many groups of {least} or more")
     if chosen > groups:
@@ -51,6 +56,8 @@ def shared_expert(name: str) -> tuple[Rule, ...]:
     prefix = f"model.layers.{{i}}.mlp.{name}"
     return (
         Rule("layers.{i}.ffn.shared.gate_up.weight", (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"), 0),
+        Rule("layers.{i}.ffn.shared.gate_up.bias", (f"{prefix}.gate_proj.bias", f"{prefix}.up_proj.bias"), 0),
         Rule("layers.{i}.ffn.shared.down.weight", (f"{prefix}.down_proj.weight",), 1),
+        Rule("layers.{i}.ffn.shared.down.bias", (f"{prefix}.down_proj.bias",), None),
         Rule("layers.{i}.ffn.shared_gate.weight", (f"{prefix}_gate.weight",), None),
     )

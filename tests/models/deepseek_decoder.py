@@ -49,66 +49,25 @@ class DeepseekDecoder(Decoder):
         a, b = z_THR[..., 0::2], z_THR[..., 1::2]
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
-    def yarn(self) -> dict[str, float] | None:
-        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        return rope if "yarn" in (rope.get("rope_type"), rope.get("type")) else None
-
     def scale(self) -> float:
-        yarn = self.yarn() or {}
-        size = self.config["qk_nope_head_dim"] + self.config["qk_rope_head_dim"]
-        return stretch(yarn.get("factor", 1.0), yarn.get("mscale_all_dim", 0.0)) ** 2 / math.sqrt(size)
+        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        growth = 0.1 * rope.get("mscale_all_dim", 0.0) * math.log(rope.get("factor", 1.0)) + 1  # YaRN's
+        return growth**2 / math.sqrt(self.config["qk_nope_head_dim"] + self.config["qk_rope_head_dim"])
 
-    def angles(self, tokens: int, size: int) -> tuple[Tensor, Tensor]:
-        yarn = self.yarn()
-        if yarn is None:
-            return super().angles(tokens, size)
-        theta, factor = yarn.get("rope_theta") or self.config["rope_theta"], yarn["factor"]
-        original = yarn["original_max_position_embeddings"]
-
-        def pair(turns: float) -> float:
-            """Which pair turns so many times within the original context."""
-            return size / 2 * math.log(original / (2 * math.pi * turns), theta)
-
-        first = max(math.floor(pair(yarn.get("beta_fast", 32))), 0)
-        last = min(math.ceil(pair(yarn.get("beta_slow", 1))), size - 1)
-        periods = theta ** (torch.arange(0, size, 2).float() / size)
-        slowed = ((torch.arange(size // 2).float() - first) / (max(last - first, 0.001))).clamp(0, 1)
-        frequencies = 1 / (factor * periods) * slowed + 1 / periods * (1 - slowed)
-        angles = (torch.arange(tokens).float()[:, None] * frequencies)[:, None].double()
-        magnitude = stretch(factor, yarn.get("mscale", 1.0)) / stretch(factor, yarn.get("mscale_all_dim", 0.0))
-        return angles.cos() * magnitude, angles.sin() * magnitude
-
-    def feed_forward(self, x_TD: Tensor, layer: str) -> Tensor:
-        name, parts = layer + "mlp.", ("gate_proj", "up_proj", "down_proj")
-        if name + "gate.weight" not in self.weights:
-            return self.swiglu(x_TD, *(name + part for part in parts))
-        out_TD = torch.zeros_like(x_TD)
-        if self.config["n_shared_experts"]:
-            out_TD = self.swiglu(x_TD, *(f"{name}shared_experts.{part}" for part in parts))
+    def routing(self, x_TD: Tensor, name: str) -> Tensor:
+        """[T, E]: the weight of each expert. With a bias it is V3's router, else V2's."""
+        config, bias_E = self.config, self.weights.get(name + "gate.e_score_correction_bias")
         logits_TE = self.linear(x_TD, name + "gate")
-        for token, logits in enumerate(logits_TE):
-            for expert, weight in self.route(logits, self.weights.get(name + "gate.e_score_correction_bias")):
-                out_TD[token] += weight * self.swiglu(
-                    x_TD[token], *(f"{name}experts.{expert}.{part}" for part in parts)
-                )
-        return out_TD
-
-    def route(self, logits_E: Tensor, bias_E: Tensor | None) -> list[tuple[int, float]]:
-        """A token's experts and their weights. With a bias it is V3's router, else V2's."""
-        config, experts = self.config, range(len(logits_E))
-        scores = (logits_E.softmax(dim=-1) if bias_E is None else logits_E.sigmoid()).tolist()
-        worth = scores if bias_E is None else (torch.tensor(scores, dtype=torch.float64) + bias_E).tolist()
-        if bias_E is not None or config["topk_method"] == "group_limited_greedy":
-            size = len(experts) // config["n_group"]
-            groups = [experts[first : first + size] for first in range(0, len(experts), size)]
-            best = 1 if bias_E is None else 2
-            groups.sort(key=lambda group: -sum(sorted((worth[e] for e in group), reverse=True)[:best]))
-            experts = [expert for group in groups[: config["topk_group"]] for expert in group]
-        chosen = sorted(experts, key=lambda expert: -worth[expert])[: config["num_experts_per_tok"]]
-        total = sum(scores[e] for e in chosen) if bias_E is not None and config["norm_topk_prob"] else 1.0
-        return [(expert, scores[expert] / total * config["routed_scaling_factor"]) for expert in chosen]
-
-
-def stretch(factor: float, mscale: float) -> float:
-    """YaRN's growth of the scores with the context, its strength set by `mscale`."""
-    return 0.1 * mscale * math.log(factor) + 1
+        scores_TE = logits_TE.softmax(dim=-1) if bias_E is None else logits_TE.sigmoid()
+        weights_TE = torch.zeros_like(scores_TE)
+        for token, scores_E in enumerate(scores_TE):
+            worth, experts = (scores_E if bias_E is None else scores_E + bias_E).tolist(), range(len(scores_E))
+            if bias_E is not None or config["topk_method"] == "group_limited_greedy":
+                size, best = len(experts) // config["n_group"], 1 if bias_E is None else 2
+                groups = [experts[first : first + size] for first in range(0, len(experts), size)]
+                groups.sort(key=lambda group: -sum(sorted((worth[e] for e in group), reverse=True)[:best]))
+                experts = [expert for group in groups[: config["topk_group"]] for expert in group]
+            chosen = sorted(experts, key=lambda expert: -worth[expert])[: config["num_experts_per_tok"]]
+            total = scores_E[chosen].sum() if bias_E is not None and config["norm_topk_prob"] else 1.0
+            weights_TE[token, chosen] = scores_E[chosen] / total * config["routed_scaling_factor"]
+        return weights_TE
