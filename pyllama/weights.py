@@ -269,8 +269,8 @@ def _stacks_to(shapes: Sequence[tuple[int, ...]], wanted: tuple[int, ...]) -> bo
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    """`layers.{i}.norm` as a regular expression whose group `i` is a number."""
-    return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)"))
+    """`layers.{i}.norm` as a regular expression whose group `i` is a number; `*` is anything."""
+    return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", ".*"), re.DOTALL)
 
 
 def _size(file: Path) -> str:
