@@ -145,7 +145,7 @@ def read_rope(
     theta = found.number("rope_theta", default=theta)
     key = "type" if "type" in found and "rope_type" not in found else "rope_type"
     kind = found.only(key, "default", *_SCALINGS, *_LONGROPE, default="default")
-    if "short_factor" in found and kind in _LONGROPE:
+    if kind == "su" or (kind == "yarn" and "short_factor" in found):
         kind = "longrope"
     found.only("type", kind, *(_LONGROPE if kind == "longrope" else ()))  # some files give both
     if kind == "default":

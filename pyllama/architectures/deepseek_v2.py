@@ -14,7 +14,7 @@ from pyllama.architectures.common import (
     weight_table,
     yarn_magnitude,
 )
-from pyllama.architectures.experts import EXPERTS, read_dense_first, read_groups, shared_expert
+from pyllama.architectures.experts import EXPERTS, read_dense_first, read_groups, read_shared, shared_expert
 from pyllama.architectures.reader import Reader
 from pyllama.config import FFNConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, YarnScaling
 from pyllama.weights import Rule, WeightTable
@@ -90,17 +90,11 @@ def _read_mscale(reader: Reader) -> float:
     return everywhere
 
 
-def read_shared(reader: Reader, *, default: int, bias: bool = False) -> MLPConfig | None:
-    """The shared experts, which are one of their joint size; `default` is transformers'."""
-    shared = reader.integer("n_shared_experts", default=default, null=None)
-    return None if shared is None else MLPConfig(shared * reader.integer("moe_intermediate_size"), bias)
-
-
 def read_ffns(reader: Reader, mlp: MLPConfig, moe: MoEConfig, *, dense: int) -> list[FFNConfig]:
     """The feed-forward of each layer: the first are dense; `dense` is transformers' default."""
     reader.only("moe_layer_freq", 1)
     reader.anything("ep_size")  # how DeepSeek's code spreads experts over devices
-    return read_dense_first(reader, moe, mlp, reader.layers(), dense)
+    return read_dense_first(reader, reader.layers(), mlp, moe, dense=dense)
 
 
 def weights(config: ModelConfig) -> WeightTable:

@@ -7,8 +7,8 @@ weighted. `aux_loss_alpha` is not used, since nobody's code has an auxiliary los
 from __future__ import annotations
 
 from pyllama.architectures.common import Family, read_decoder, read_experts, read_positions
-from pyllama.architectures.deepseek_v2 import read_ffns, read_latent_attention, read_shared, weights
-from pyllama.architectures.experts import read_groups
+from pyllama.architectures.deepseek_v2 import read_ffns, read_latent_attention, weights
+from pyllama.architectures.experts import read_groups, read_shared
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig, MoEConfig
 
@@ -20,7 +20,7 @@ def read(reader: Reader) -> ModelConfig:
     for key in ("aux_loss_alpha", "seq_aux"):
         reader.anything(key)
     experts, top_k = read_experts(reader, "n_routed_experts", experts=256, top_k=8)
-    groups, chosen = read_groups(reader, experts, top_k, defaults=(8, 4))
+    groups, chosen = read_groups(reader, experts, top_k, groups=8, chosen=4)
     moe = MoEConfig(
         num_experts=experts,
         top_k=top_k,

@@ -1,42 +1,43 @@
-"""What families with mixtures of experts share: which layers have one, how groups are read, the usual tensor names."""
+"""What families with mixtures of experts share: which layers have one, groups, the usual names."""
 
 from __future__ import annotations
 
-from pyllama.architectures.reader import Reader
+from pyllama.architectures.reader import REQUIRED, Reader
 from pyllama.config import FFNConfig, MLPConfig, MoEConfig
 from pyllama.weights import Rule
 
 
-def read_sparse_layers(reader: Reader, moe: MoEConfig, dense: MLPConfig, layers: int) -> list[FFNConfig]:
-    """Every `decoder_sparse_step`-th layer is a mixture, but for `mlp_only_layers` (Qwen's rule)."""
+def read_sparse_layers(reader: Reader, layers: int, mlp: MLPConfig, moe: MoEConfig) -> list[FFNConfig]:
+    """Every `decoder_sparse_step`-th layer has experts, but for `mlp_only_layers` (Qwen's rule)."""
     step = reader.integer("decoder_sparse_step", default=1)
     without = reader.integers("mlp_only_layers", least=0, default=[])
-    return [dense if i in without or (i + 1) % step else moe for i in range(layers)]
+    return [mlp if i in without or (i + 1) % step else moe for i in range(layers)]
 
 
-def read_dense_first(reader: Reader, moe: MoEConfig, dense: MLPConfig, layers: int, default: int) -> list[FFNConfig]:
-    """The first `first_k_dense_replace` layers are dense (DeepSeek's rule); `default` is transformers'."""
-    first = reader.integer("first_k_dense_replace", default=default, zero=True)
-    return [dense if i < first else moe for i in range(layers)]
+def read_dense_first(reader: Reader, layers: int, mlp: MLPConfig, moe: MoEConfig, *, dense: int) -> list[FFNConfig]:
+    """The first layers have no experts (DeepSeek's rule); `dense` is transformers' default."""
+    dense = reader.integer("first_k_dense_replace", default=dense, zero=True)
+    return [mlp if i < dense else moe for i in range(layers)]
 
 
 def read_groups(
-    reader: Reader, experts: int, top_k: int, *, least: int = 1, defaults: tuple[int, int] = (1, 1)
+    reader: Reader, experts: int, top_k: int, *, groups: int = REQUIRED, chosen: int = REQUIRED
 ) -> tuple[int, int]:
-    """(groups of experts, groups that a token may choose from); a group has `least` experts at least."""
-    groups, chosen = (
-        reader.integer(key, default=default, null=1)
-        for key, default in zip(("n_group", "topk_group"), defaults, strict=True)
-    )
-    if experts % groups or experts // groups < least:
-        raise reader.refusal("n_group", f"{experts} experts cannot form so many groups of {least} or more")
+    """(groups of experts, how many of them a token may use); `groups` and `chosen` are transformers' defaults."""
+    groups, chosen = reader.integer("n_group", default=groups), reader.integer("topk_group", default=chosen)
+    if experts % groups:
+        raise reader.refusal("n_group", f"n_routed_experts = {experts} is not a multiple of it")
     if chosen > groups:
-        raise reader.refusal("topk_group", f"there are only {groups} groups")
-    if top_k > chosen * (experts // groups):
-        raise reader.refusal(
-            "num_experts_per_tok", f"{chosen} groups of {experts // groups} experts have not that many"
-        )
+        raise reader.refusal("topk_group", f"there are only n_group = {groups}")
+    if top_k > experts // groups * chosen:
+        raise reader.refusal("num_experts_per_tok", f"{chosen} groups have only {experts // groups * chosen} experts")
     return groups, chosen
+
+
+def read_shared(reader: Reader, *, default: int, bias: bool = False) -> MLPConfig | None:
+    """The shared experts, which are one of their joint size; null: none. `default` is transformers'."""
+    shared = reader.integer("n_shared_experts", default=default, null=None)
+    return None if shared is None else MLPConfig(shared * reader.integer("moe_intermediate_size"), bias)
 
 
 EXPERTS = (

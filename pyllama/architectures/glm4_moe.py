@@ -10,11 +10,9 @@ from pyllama.architectures.common import (
     read_positions,
     weight_table,
 )
-from pyllama.architectures.experts import EXPERTS, read_dense_first, read_groups, shared_expert
+from pyllama.architectures.experts import EXPERTS, read_dense_first, read_groups, read_shared, shared_expert
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig, MoEConfig
-
-BEST_OF_GROUP = 2  # a group of experts is worth the sum of its two best
 
 
 def read(reader: Reader) -> ModelConfig:
@@ -31,27 +29,26 @@ def read(reader: Reader) -> ModelConfig:
         qk_norm="head" if reader.boolean("use_qk_norm", default=False) else None,
     )
     experts, top_k = read_experts(reader, "n_routed_experts", experts=128, top_k=8)
-    groups, chosen = read_groups(reader, experts, top_k, least=BEST_OF_GROUP)
-    size = reader.integer("moe_intermediate_size")
+    groups, chosen = read_groups(reader, experts, top_k, groups=1, chosen=1)
     moe = MoEConfig(
         num_experts=experts,
         top_k=top_k,
-        size=size,
+        size=reader.integer("moe_intermediate_size"),
         scoring="sigmoid",
         renormalize=reader.boolean("norm_topk_prob", default=True),
         scale=reader.number("routed_scaling_factor", default=1.0),
         correction_bias=True,
         num_groups=groups,
         top_groups=chosen,
-        group_top_k=BEST_OF_GROUP,
+        group_top_k=min(2, experts // groups),
         float32_router=True,
-        shared=MLPConfig(size * reader.integer("n_shared_experts", default=1)),
+        shared=read_shared(reader, default=1),
     )
-    dense = MLPConfig(reader.integer("intermediate_size"))
+    mlp = MLPConfig(reader.integer("intermediate_size"))
     return read_decoder(
         reader,
         [attention] * layers,
-        read_dense_first(reader, moe, dense, layers, default=1),
+        read_dense_first(reader, layers, mlp, moe, dense=1),
         positions=positions,
         norm_eps=1e-5,
         extra_layers=reader.integer("num_nextn_predict_layers", default=1, zero=True),

@@ -36,7 +36,7 @@ def read(reader: Reader) -> ModelConfig:
         shared_gate=True,
         aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001, zero=True),
     )
-    ffns = read_sparse_layers(reader, moe, MLPConfig(reader.integer("intermediate_size")), layers)
+    ffns = read_sparse_layers(reader, layers, MLPConfig(reader.integer("intermediate_size")), moe)
     attentions = [replace(attention, window=window) for window in windows]
     return read_decoder(reader, attentions, ffns, positions=positions, norm_eps=1e-6)
 

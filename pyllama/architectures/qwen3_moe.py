@@ -43,7 +43,7 @@ def read(reader: Reader) -> ModelConfig:
         renormalize=reader.boolean("norm_topk_prob", default=False),
         aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001, zero=True),
     )
-    ffns = read_sparse_layers(reader, moe, MLPConfig(reader.integer("intermediate_size")), layers)
+    ffns = read_sparse_layers(reader, layers, MLPConfig(reader.integer("intermediate_size")), moe)
     return read_decoder(reader, [attention] * layers, ffns, positions=positions, norm_eps=1e-6)
 
 

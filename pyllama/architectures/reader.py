@@ -97,9 +97,9 @@ class Reader:
         return key in self._values
 
     def integer(
-        self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, zero: bool = False, most: int = MAX_SIZE
+        self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, most: int = MAX_SIZE, zero: bool = False
     ) -> Any:
-        """A positive integer, or zero where that has a meaning; `most` at most."""
+        """A positive integer, `most` at most, or zero where that has a meaning."""
         value, given = self._value(key, default, null)
         if given and not (type(value) is int and value >= (not zero)):
             raise self._malformed(key, f"must be a positive integer{' or 0' if zero else ''}")

@@ -52,7 +52,7 @@ GROUPS = [(2, 1, 1), (5, 1, 1), (8, 2, 1), (8, 4, 2), (8, 2, 2), (12, 3, 2), (6,
 
 def draw(family: str, seed: int) -> dict[str, Any]:
     """A random configuration of the family, in transformers' own keys."""
-    chance = random.Random(f"{family} {seed}")
+    chance = random.Random(f"{family}-{seed}")
     pick = chance.choice
     kv_heads = pick([1, 2, 3])
     hidden = pick([48, 96])

@@ -148,20 +148,21 @@ def test_llama_moe_against_float64(changes: dict[str, Any], tmp_path: Path) -> N
     assert error(logits(pyllama.load(tmp_path, device="cpu", dtype="float64"), token_ids), exact) < 1e-6 * exact.std()
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "mixtral", "llama_moe"])
+@pytest.fixture(scope="module", params=[*OPTIONS, "llama_moe"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One checkpoint of each family, in many shards with an index where transformers writes it."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "llama_moe":
         write_llama_moe(folder)
     else:
-        config = draw(request.param, 1) | {"num_hidden_layers": 2}
+        config = draw(request.param, 5) | {"num_hidden_layers": 2, "tie_word_embeddings": False}
+        config |= {key: None for key in ("layer_types", "mlp_only_layers") if key in config}
         write(folder, config, shard_size="60KB")
         assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
 
-@pytest.mark.parametrize("checkpoint", ["llama", "mistral", "mixtral"], indirect=True)
+@pytest.mark.parametrize("checkpoint", OPTIONS, indirect=True)
 def test_greedy_tokens_equal_transformers(checkpoint: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     prompts = [tokens(length, seed=length).tolist() for length in (1, 5, 33, 64, 70)]
@@ -201,8 +202,9 @@ def test_cached_decoding_equals_the_full_pass(checkpoint: Path, seed: int) -> No
             continue
         pieces = [sequences[b][done[b] : done[b] + steps[b]] for b in active]
         done = [n + step for n, step in zip(done, steps, strict=True)]
+        whole = [lengths[b] for b in active]  # which LongRoPE's factors depend on
         batch = Batch.from_lengths(
-            [steps[b] for b in active], [done[b] for b in active], block_table[active], PAGE_SIZE
+            [steps[b] for b in active], [done[b] for b in active], block_table[active], PAGE_SIZE, whole
         )
         found = model.run(torch.cat(pieces), batch, cache)
         expected = torch.stack([full[b][done[b] - 1] for b in active])
