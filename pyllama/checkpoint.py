@@ -225,7 +225,7 @@ def _indexed_files(folder: Path, layout: Layout) -> Files:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: no JSON object 'weight_map' ({error})") from error
     names = sorted(set(files.values()))
-    if outside := [name for name in names if Path(name).name != name or not name.isprintable()]:
+    if outside := [name for name in names if Path(name).name != name or name == ".." or not name.isprintable()]:
         raise CheckpointError(f"{index} names files outside of its folder: {few(outside)}")
     if missing := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(

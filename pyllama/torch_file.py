@@ -141,6 +141,8 @@ def _records(file: Path, opened: Any) -> dict[str, tuple[int, int]]:
         end_of_data = _directory(opened, size)
         with zipfile.ZipFile(opened) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise CheckpointError(f"{file} is a TorchScript archive, a program and not a state dict")
         records: dict[str, tuple[int, int]] = {}
         root, end = entries[0].filename.split("/")[0], 0
         for entry in entries:
@@ -166,8 +168,6 @@ def _records(file: Path, opened: Any) -> dict[str, tuple[int, int]]:
     # Besides what zipfile says of damage: IndexError of an empty archive, the others of offsets beyond the file.
     except (zipfile.BadZipFile, ValueError, struct.error, IndexError, OSError, OverflowError, RuntimeError) as error:
         raise _damaged(file, error) from error
-    if "constants.pkl" in records:
-        raise CheckpointError(f"{file} is a TorchScript archive, a program and not a state dict")
     if records.get("data.pkl", (0, 0))[1] not in range(1, MAX_HEADER + 1):
         raise CheckpointError(f"{file} has no record data.pkl of at most {MAX_HEADER:,} bytes, as a state dict has")
     return records
@@ -300,8 +300,8 @@ class _Pickle:
             pass
         needs = f"its pickle would import {few(set(names))}" if names else f"its pickle has {what}"
         return CheckpointError(
-            f"{self.file} is more than tensors: {needs}, which could run any code, so it is not read. If you trust "
-            "the file, save its state dict alone, with torch.save or as safetensors"
+            f"{self.file} is more than a state dict: {needs}. Only what plain tensors need is run, since more could be "
+            "any code. If you trust the file, save its state dict alone, with torch.save or as safetensors"
         )
 
 
