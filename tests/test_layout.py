@@ -20,6 +20,7 @@ ORDER = [
     {"model"},
     {"weights"},
     {"architectures"},
+    {"template"},
     {"tokenizer"},
     {"loader"},
     {"sampling"},
@@ -37,7 +38,8 @@ ONLY = {
     "cache": {"config"},
     "weights": {"config"},
     "architectures": {"config", "weights"},
-    "tokenizer": {"architectures"},  # its reader of JSON files
+    "template": set(),
+    "tokenizer": {"architectures", "template"},  # of the first its reader of JSON files
 }
 OPS = sorted(
     path.stem
