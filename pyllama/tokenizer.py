@@ -6,22 +6,16 @@ which token begins a text, which ends one, and the chat template.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
 from pyllama.architectures.reader import read_json
 from pyllama.files import check_file
+from pyllama.template import Template
 
 MAX_BYTES = 10**8  # of tokenizer.json; Gemma's, of 262144 tokens, has a third
 NO_TEMPLATE = "this checkpoint has no chat template (neither chat_template.jinja nor one in tokenizer_config.json)"
@@ -58,7 +52,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.chat_template = chat_template
-        self._template = None if chat_template is None else _compile(chat_template)
+        self._template = None if chat_template is None else Template(chat_template)
         self._no_template = NO_TEMPLATE
 
     @classmethod
@@ -98,7 +92,7 @@ class Tokenizer:
             own = template_file.read_text(encoding="utf-8") if source == template_file else None
             template = own or _default_template(config.get("chat_template"))
             if template is not None:
-                tokenizer._template, tokenizer.chat_template = _compile(template), template
+                tokenizer._template, tokenizer.chat_template = Template(template), template
         except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
             tokenizer._no_template = f"the chat template of {source} cannot be used: {error}"
         return tokenizer
@@ -148,16 +142,18 @@ class Tokenizer:
         """
         if self._template is None:
             raise ValueError(f"{self._no_template}; give the prompt as a string in the model's own format instead")
-        plain = _plain_messages(messages)
+        values = {
+            "messages": _checked_messages(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+        }
         try:
-            return self._template.render(
-                messages=plain,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except Exception as error:  # a template is the checkpoint's own program and may fail in any way
+            return self._template.render(values)
+        except TypeError as error:
+            raise ValueError(f"messages must consist of strings, numbers, lists and dicts: {error}") from error
+        except ValueError as error:
             raise ValueError(f"the chat template does not take these messages: {error}") from error
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -169,8 +165,7 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
 
-def _plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A copy of `messages` in plain JSON types: a template must not reach the caller's objects."""
+def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if not messages:
         raise ValueError("a chat needs at least one message")
     for i, message in enumerate(messages):
@@ -180,55 +175,8 @@ def _plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             raise ValueError(f"message {i} of the chat needs a 'role' that is a string, got {message!r}")
         if "content" not in message and "tool_calls" not in message:
             raise ValueError(f"message {i} of the chat needs 'content', got the keys {sorted(message)}")
-    try:
-        copies: list[dict[str, Any]] = json.loads(json.dumps([dict(message) for message in messages]))
-    except TypeError as error:
-        raise ValueError(f"messages must consist of strings, numbers, lists and dicts: {error}") from error
     # Clients send `"content": null` where templates expect the key to be absent.
-    return [{key: value for key, value in message.items() if value is not None} for message in copies]
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the text to train on; here it is text like any other."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(source: str) -> jinja2.Template:
-    """The template in a sandbox, with the functions that checkpoints' templates call."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(source)
-    except Exception as error:  # jinja2's, and Python's where what jinja2 makes of it is too deep
-        raise ValueError(f"it does not compile: {error}") from error
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own filter escapes HTML, which a model must not see."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def _content(value: Any) -> Any:

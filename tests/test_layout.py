@@ -23,6 +23,7 @@ ORDER = [
     {"checkpoint"},
     {"weights"},
     {"architectures"},
+    {"template"},
     {"tokenizer"},
     {"loader"},
     {"sampling"},
@@ -43,7 +44,8 @@ ONLY = {
     "checkpoint": {"files", "torch_file"},
     "weights": {"files", "checkpoint"},
     "architectures": {"config", "files", "weights"},
-    "tokenizer": {"files", "architectures"},  # its reader of JSON files
+    "template": set(),
+    "tokenizer": {"files", "architectures", "template"},  # of the second its reader of JSON files
 }
 OPS = sorted(
     path.stem
