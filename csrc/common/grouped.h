@@ -92,13 +92,14 @@ struct TensorTile {
     using T = Type;
     static constexpr int rows = rows_, warps_m = warps_m_, warps_n = warps_n_, columns = warps_n * 32, depth = 64;
     static constexpr int stages = stages_, threads = warps_m * warps_n * 32, MI = rows / warps_m / 16;
+    static constexpr int blocks = 512 / threads;  // on a multiprocessor at least
     struct Shared {
         T x[stages][rows * depth], weight[stages][columns * depth];
     };
 };
 
 template <class P, bool gated>
-__global__ void __launch_bounds__(P::threads) grouped_tensor(const Grouped<typename P::T> p) {
+__global__ void __launch_bounds__(P::threads, P::blocks) grouped_tensor(const Grouped<typename P::T> p) {
     using T = typename P::T;
     constexpr int width = gated ? P::columns / 2 : P::columns;  // of the result
     constexpr int step = P::threads / 8;                        // a thread copies the same 16 bytes of every step-th row
@@ -113,18 +114,17 @@ __global__ void __launch_bounds__(P::threads) grouped_tensor(const Grouped<typen
         const int begin = p.offsets[tile.group] + tile.row * P::rows, end = p.offsets[tile.group + 1];
         const T* weight = p.weight_EFD + int64_t(tile.group) * (gated ? 2 : 1) * p.F * p.D;
 
-        const T *x_at[P::rows / step], *weight_at[P::columns / step];  // null: zeros
+        const T* x_at[P::rows / step];  // null: zeros
 #pragma unroll
         for (int j = 0; j < P::rows / step; ++j) {
             const int m = begin + thread / 8 + j * step;
             x_at[j] = m < end ? p.x_TD + int64_t(p.rows_M ? p.rows_M[m] : m) * p.D + chunk * 8 : nullptr;
         }
-#pragma unroll
-        for (int j = 0; j < P::columns / step; ++j) {
-            const int n = thread / 8 + j * step, part = gated ? n / 16 % 2 : 0;
-            const int column = tile.column * width + (gated ? n / 32 * 16 + n % 16 : n);
-            weight_at[j] = column < p.F ? weight + (int64_t(part) * p.F + column) * p.D + chunk * 8 : nullptr;
-        }
+        // Row j of the thread's rows of the weight: 16 columns of the result further on for each 32, or step columns.
+        const int n = thread / 8, part = gated ? n / 16 : 0, column = tile.column * width + (gated ? n % 16 : n);
+        const T* weight_at = weight + (int64_t(part) * p.F + column) * p.D + chunk * 8;
+        const auto columns_on = [](int j) { return !gated ? j * step : j * step / 32 * 16; };
+        const auto parts_on = [](int j) { return gated ? j * step / 16 % 2 : 0; };
         const auto copy = [&](int round) {
             const int stage = round % P::stages, at = round * P::depth;
             const bool inside = at + chunk * 8 < p.D;
@@ -136,9 +136,10 @@ __global__ void __launch_bounds__(P::threads) grouped_tensor(const Grouped<typen
             }
 #pragma unroll
             for (int j = 0; j < P::columns / step; ++j) {
-                const bool valid = inside && weight_at[j];
+                const bool valid = inside && column + columns_on(j) < p.F;
+                const T* row = weight_at + int64_t(parts_on(j) * p.F + columns_on(j)) * p.D;
                 cp_async16(chunk_at<P::depth>(s.weight[stage], thread / 8 + j * step, chunk),
-                           valid ? weight_at[j] + at : p.weight_EFD, valid ? 16 : 0);
+                           valid ? row + at : p.weight_EFD, valid ? 16 : 0);
             }
         };
 
