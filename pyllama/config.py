@@ -95,7 +95,7 @@ class MLAConfig:
     v_dim: int  # of a value head
     rope: RopeConfig
     scale: float  # of the scores
-    bias: bool = False  # of the products from and to the hidden state
+    bias: bool = False  # of the products to the latents and to the hidden state
     norm_eps: float = 1e-6  # of the latents' norms; the reference has this whatever the model's own is
 
 

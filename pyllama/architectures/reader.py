@@ -92,11 +92,13 @@ class Reader:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def integer(self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, most: int = MAX_SIZE) -> Any:
-        """A positive integer, `most` at most."""
+    def integer(
+        self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, most: int = MAX_SIZE, zero: bool = False
+    ) -> Any:
+        """A positive integer, `most` at most, or zero where that has a meaning."""
         value, given = self._value(key, default, null)
-        if given and not (type(value) is int and value > 0):
-            raise self._malformed(key, "must be a positive integer")
+        if given and not (type(value) is int and value >= (not zero)):
+            raise self._malformed(key, f"must be a positive integer{' or 0' if zero else ''}")
         if given and value > most:
             raise self._malformed(key, f"must be {most} at most")
         return value

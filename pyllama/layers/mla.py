@@ -23,18 +23,19 @@ from pyllama.ops.rope import rope
 class MLA(nn.Module):
     """Causal attention whose cache holds a latent of all heads' keys and values, and one rotated key.
 
-    The products from the hidden state (to the queries or their latent, and to the entry of the cache) are one, `down`,
-    with their rows stacked. Prompts expand the latents to keys and values of each head (`kv_up`); a step of decoding
-    moves that product to the queries and the result instead ("absorbed"), so that it reads the latents as they are.
+    The products from the hidden state to latents (of the queries, if they have one, and the entry of the cache) are
+    one, `down`, with their rows stacked. Prompts expand the latents to keys and values of each head (`kv_up`); a step
+    of decoding moves that product to the queries and the result instead ("absorbed"), so that it reads the latents as
+    they are.
     """
 
     def __init__(self, config: MLAConfig, hidden_size: int, norm_eps: float) -> None:
         super().__init__()
         self.config = config
         queries = config.num_heads * (config.nope_dim + config.rope.dim)
-        self.down = Linear(hidden_size, (config.q_rank or queries) + config.kv_rank + config.rope.dim, bias=config.bias)
+        self.down = Linear(hidden_size, (config.q_rank or 0) + config.kv_rank + config.rope.dim, bias=config.bias)
         self.q_norm = RMSNorm(config.q_rank, config.norm_eps) if config.q_rank else None
-        self.q_up = Linear(config.q_rank, queries, bias=False) if config.q_rank else None
+        self.q_up = Linear(config.q_rank or hidden_size, queries, bias=False)
         self.kv_norm = RMSNorm(config.kv_rank, config.norm_eps)
         self.kv_up = Linear(config.kv_rank, config.num_heads * (config.nope_dim + config.v_dim), bias=False)
         self.out = Linear(config.num_heads * config.v_dim, hidden_size, bias=config.bias)
@@ -42,10 +43,8 @@ class MLA(nn.Module):
     def forward(self, x_TD: Tensor, batch: Packed, rotation: Rotation | None, kv_cache: Tensor | None) -> Tensor:
         assert rotation is not None  # MLAConfig always has RoPE
         config = self.config
-        entry = config.kv_rank + config.rope.dim
-        q, latent = self.down(x_TD).tensor_split([-entry], dim=1)
-        if self.q_norm is not None and self.q_up is not None:
-            q = self.q_up(self.q_norm(q))
+        q, latent = self.down(x_TD).tensor_split([config.q_rank or 0], dim=1)
+        q = self.q_up(x_TD if self.q_norm is None else self.q_norm(q))
         q_THK = q.unflatten(1, (config.num_heads, config.nope_dim + config.rope.dim))
         if isinstance(batch, Batch) and kv_cache is not None:
             mla_rope_store_(
@@ -68,7 +67,8 @@ class MLA(nn.Module):
     def _absorbed(self, q_THK: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
         config = self.config
         q_THN, q_THR = q_THK.split([config.nope_dim, config.rope.dim], dim=-1)
-        key_HNC, value_HVC = self._kv_up_HFC().split([config.nope_dim, config.v_dim], dim=1)
+        kv_up_HFC = self.kv_up.weight.unflatten(0, (config.num_heads, -1))
+        key_HNC, value_HVC = kv_up_HFC.split([config.nope_dim, config.v_dim], dim=1)
         q_HTC = torch.bmm(q_THN.transpose(0, 1), key_HNC)
         out_THC = mla_paged_attention(
             torch.cat((q_HTC.transpose(0, 1), q_THR), dim=-1),
@@ -106,6 +106,3 @@ class MLA(nn.Module):
         kv = self.kv_up(latent_MC).unflatten(1, (config.num_heads, config.nope_dim + config.v_dim))
         k_MHN, v_MHV = kv.split([config.nope_dim, config.v_dim], dim=-1)
         return torch.cat((k_MHN, key_MR.unsqueeze(1).expand(-1, config.num_heads, -1)), dim=-1), v_MHV
-
-    def _kv_up_HFC(self) -> Tensor:
-        return self.kv_up.weight.unflatten(0, (self.config.num_heads, -1))

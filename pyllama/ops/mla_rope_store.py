@@ -4,6 +4,7 @@ T tokens, H query heads, K query head size, P cache pages, S page size, R rotate
 (rank + R).
 """
 
+import torch
 from torch import Tensor
 
 from pyllama.ops.norm_rope_store import runs
@@ -55,10 +56,8 @@ def mla_rope_store_(
             f"of an entry of kv_cache, and R must be at most q's K = {q.shape[2]}"
         )
     q[..., -R:] = rotated(q[..., -R:], cos_sin, positions, interleaved)
-    compute = compute_dtype(latent)
-    key_TR = rotated(cast(latent[:, rank:], compute).unsqueeze(1), cos_sin, positions, interleaved).squeeze(1)
-    entry_TL = latent.new_empty(latent.shape)
-    entry_TL[:, :rank] = normalised(cast(latent[:, :rank], compute), weight, eps)
-    entry_TL[:, rank:] = key_TR
+    wide_TL = cast(latent, compute_dtype(latent))
+    key_T1R = rotated(wide_TL[:, None, rank:], cos_sin, positions, interleaved)
+    entry_TL = torch.cat((normalised(wide_TL[:, :rank], weight, eps), key_T1R[:, 0]), dim=1)
     for first, count, page, place in runs(slots.tolist(), S):
         kv_cache[page, place : place + count] = entry_TL[first : first + count]
