@@ -66,7 +66,7 @@ TABLE = [
     Row(r"decode<Decode<\w+, 128, 128>, .*>", 184, 1024, ATTENTION),
     Row(r"decode<Decode<\w+, 192, 192>, .*>", 192, 1024, ATTENTION),
     Row(r"decode<Decode<\w+, 256, 256>, .*>", 232, 1024, ATTENTION),
-    Row(r"plain<(Contiguous|Paged)<float> >", 64, 2048, "LDG.32 STG.32"),  # one warp: no barrier
+    Row(r"plain<(Contiguous|Paged)<float>, 256>", 64, 2048, "LDG.32 STG.32"),  # one warp: no barrier
     Row(r"sample::slices<float>", 40, 0, "LDG.8 LDG.32 LDG.64 LDG.128 STG.32 STG.64"),
     Row(r"sample::slices<.*>", 40, 0, "LDG.8 LDG.16 LDG.32 LDG.64 LDG.128 STG.32 STG.64"),
     # F64: top_p of a sum that has more bits than float32.
