@@ -72,9 +72,8 @@ __global__ void __launch_bounds__(Tiles<T>::threads) mla_kernel(const Problem<T>
         return row < work.rows ? p.q + (work.token + i / p.R) * p.q_token + i % p.R * p.q_head : nullptr;
     });
     const auto copy = [&](int first) {
-        copy_entries<P, keys>(s.tiles.entries[(first - work.begin) / keys % 2], source.L, p.q, [&](int row) {
-            return first + row < work.end ? head.key(first + row) : nullptr;
-        });
+        copy_entries<P, keys>(s.tiles.entries[(first - work.begin) / keys % 2], source.L, p.q,
+                              [&](int row) { return first + row < work.end ? head.key(first + row) : nullptr; });
         cp_async_commit();
     };
 

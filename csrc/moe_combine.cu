@@ -1,5 +1,5 @@
-// moe_combine.cu - each token's weighted sum of its experts' results, gathered from the sorted rows, in float32, rounded
-// once. A thread sums 16 bytes' worth of columns.
+// moe_combine.cu - each token's weighted sum of its experts' results, gathered from the sorted rows, in float32,
+// rounded once. A thread sums 16 bytes' worth of columns.
 #include <algorithm>
 
 #include "common/op.h"

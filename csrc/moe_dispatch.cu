@@ -1,9 +1,9 @@
 // moe_dispatch.cu - a stable counting sort of (token, choice) pairs by expert.
 //
-// A warp counts the experts of a run of consecutive pairs, all counts are summed to the first place of each warp's pairs
-// of each expert, and then the warp goes through its run again and gives out places. Integers only and no race, so
-// results are the same every time. Up to `chunk` pairs are one block's; more take a launch before that counts for all
-// blocks, since a block needs to know what those before it have.
+// A warp counts the experts of a run of consecutive pairs, all counts are summed to the first place of each warp's
+// pairs of each expert, and then the warp goes through its run again and gives out places. Integers only and no race,
+// so results are the same every time. Up to `chunk` pairs are one block's; more take a launch before that counts for
+// all blocks, since a block needs to know what those before it have.
 #include <algorithm>
 
 #include "common/op.h"
@@ -103,7 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_dispatch(const Tensor& indices, int64_t n
     const int64_t T = arguments["T"], N = arguments["N"], M = T * N;
     if (M > INT_MAX - chunk) arguments.fail("indices has ", M, " choices, but must have fewer than 2^31 - ", chunk);
 
-    Tensor rows = torch::stable::new_empty(indices, {M}), offsets = torch::stable::new_empty(indices, {num_experts + 1});
+    Tensor rows = torch::stable::new_empty(indices, {M}),
+           offsets = torch::stable::new_empty(indices, {num_experts + 1});
     Tensor positions = torch::stable::new_empty(indices, {T, N});
     const int chunks = std::max(int((M + chunk - 1) / chunk), 1);
     const DeviceScope device(indices);

@@ -1,5 +1,5 @@
-// topk_gate.cu - the router of a mixture of experts. A warp has a token, its lanes the experts' scores in registers; all
-// exchange is by shuffles and warp-wide maxima.
+// topk_gate.cu - the router of a mixture of experts. A warp has a token, its lanes the experts' scores in registers;
+// all exchange is by shuffles and warp-wide maxima.
 //
 // A group of experts belongs to 32 / groups neighbouring lanes, expert i of it to lane i % lanes: so the groups' worth
 // are sums over equal parts of the warp, found at once.
@@ -18,7 +18,7 @@ struct Params {
     const float* bias_E;  // or null
     float* weights_TN;
     int* indices_TN;
-    int count, E, N;  // count: of tokens
+    int count, E, N;   // count: of tokens
     int group, lanes;  // of a group: experts, lanes
     int top_groups, group_top_k;
     bool sigmoid, renormalize;

@@ -2,10 +2,10 @@
 // x[rows[m]] @ weight[e]^T, where expert e owns rows offsets[e] to offsets[e + 1].
 //
 // The groups' sizes are on the device only, so that blocks stay and make their own list of work: each counts every
-// group's tiles, and takes tile blockIdx.x, blockIdx.x + gridDim.x, ... A group's tiles lie together, those that share a
-// part of the weight first. Rows are gathered as they are copied to shared memory. D input features, F columns of the
-// result; with SwiGLU the weight has F rows of the gate, then F of the up part, and a tile takes 16 of both by turns, so
-// that a warp has what belongs together in the same registers.
+// group's tiles, and takes tile blockIdx.x, blockIdx.x + gridDim.x, ... A group's tiles lie together, those that share
+// a part of the weight first. Rows are gathered as they are copied to shared memory. D input features, F columns of the
+// result; with SwiGLU the weight has F rows of the gate, then F of the up part, and a tile takes 16 of both by turns,
+// so that a warp has what belongs together in the same registers.
 #pragma once
 
 #include <algorithm>
@@ -102,7 +102,7 @@ template <class P, bool gated>
 __global__ void __launch_bounds__(P::threads, P::blocks) grouped_tensor(const Grouped<typename P::T> p) {
     using T = typename P::T;
     constexpr int width = gated ? P::columns / 2 : P::columns;  // of the result
-    constexpr int step = P::threads / 8;                        // a thread copies the same 16 bytes of every step-th row
+    constexpr int step = P::threads / 8;  // a thread copies the same 16 bytes of every step-th row
     auto& s = *dynamic_shared<typename P::Shared>();
     const int thread = threadIdx.x, lane = thread % 32, chunk = thread % 8;
     const int warp_m = thread / 32 / P::warps_n, warp_n = thread / 32 % P::warps_n;
@@ -154,10 +154,9 @@ __global__ void __launch_bounds__(P::threads, P::blocks) grouped_tensor(const Gr
             if (round + P::stages - 1 < rounds) copy(round + P::stages - 1);
             cp_async_commit();
             const int stage = round % P::stages, row = warp_m * P::MI * 16;
-            add_scores<T, P::depth, P::MI, 32>(sum, s.weight[stage], warp_n * 32, lane,
-                                               [&](uint32_t(&a)[4], int mi, int at) {
-                                                   load_a<P::depth>(a, s.x[stage], row + mi * 16, at, lane);
-                                               });
+            add_scores<T, P::depth, P::MI, 32>(
+                sum, s.weight[stage], warp_n * 32, lane,
+                [&](uint32_t (&a)[4], int mi, int at) { load_a<P::depth>(a, s.x[stage], row + mi * 16, at, lane); });
         }
         cp_async_wait<0>();
         __syncthreads();  // the next tile's copies overwrite what was read
@@ -277,7 +276,8 @@ Tensor grouped(const char* op, const Tensor& x, const Tensor& weight, const Tens
     if (weight.size(1) % (gated ? 16 : 8) != 0)
         arguments.fail("weight has ", weight.size(1), " rows, but must have ",
                        gated ? "2F with F a multiple of 8" : "a multiple of 8");
-    if (E < 1 || E > max_groups) arguments.fail("E, the number of experts, is ", E, ", but must be in 1 to ", max_groups);
+    if (E < 1 || E > max_groups)
+        arguments.fail("E, the number of experts, is ", E, ", but must be in 1 to ", max_groups);
     if (M > INT_MAX / 2 || D > INT_MAX / 2 || F > INT_MAX / 4) arguments.fail("a dimension is 2^30 or more");
 
     Tensor out = torch::stable::new_empty(x, {M, F});

@@ -13,7 +13,10 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     yield torch.randint(8, (6, 2), dtype=torch.int32), 8
 
 
-@pytest.mark.parametrize(("T", "N", "E"), [(1, 1, 1), (1, 4, 32), (9, 2, 8), (0, 2, 4), (300, 8, 256), (5, 3, 64), (40, 32, 512), (2100, 8, 60)])
+@pytest.mark.parametrize(
+    ("T", "N", "E"),
+    [(1, 1, 1), (1, 4, 32), (9, 2, 8), (0, 2, 4), (300, 8, 256), (5, 3, 64), (40, 32, 512), (2100, 8, 60)],
+)
 @pytest.mark.parametrize("spread", ["random", "one", "last"])
 def test_counting_sort(T: int, N: int, E: int, spread: str, device: str) -> None:
     if spread == "random":
