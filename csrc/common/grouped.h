@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "common/activation.h"
 #include "common/op.h"
 #include "common/reduce.h"
 #include "common/softmax.h"
@@ -26,8 +27,6 @@ struct Grouped {
     T* out_MF;
     int M, D, F, E;
 };
-
-__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // The list of work: of each group, the tiles of all groups before it.
 template <int rows>
