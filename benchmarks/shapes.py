@@ -37,6 +37,11 @@ MODELS = {
         D=2048, layers=48, V=151936, H=32, G=4, K=128, R=128, F_expert=768, E=128, N=8, qk_norm=True
     ),
     "Mixtral-8x7B": Model(D=4096, layers=32, V=32000, H=32, G=8, K=128, R=128, F_expert=14336, E=8, N=2),
+    "MiniMind-MoE": Model(D=512, layers=8, V=6400, H=16, G=8, K=32, R=32, F_expert=1408, E=4, N=2),
+    "DeepSeek-V2-Lite": Model(
+        D=2048, layers=27, V=102400, H=16, G=16, K=192, R=64, F=10944, F_expert=1408, E=64, N=6,
+        rank=512, V_head=128,
+    ),
     "GLM-4.5-Air": Model(
         D=4096, layers=46, V=151552, H=96, G=8, K=128, R=64, F=10944, F_expert=1408, E=128, N=8
     ),
@@ -74,7 +79,7 @@ SCOPES = {
         dtype=torch.bfloat16,
     ),
     ("cuda", True): Scope(
-        models=_models("Llama-3.1-8B", "Qwen3-30B-A3B"),
+        models=_models("Llama-3.1-8B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"),
         tokens=(1, 64, 8192),
         prompts=(2048, 8192),
         batches=(1, 16),
@@ -82,7 +87,7 @@ SCOPES = {
         dtype=torch.bfloat16,
     ),
     ("cpu", False): Scope(
-        models=_models("Llama-3.2-1B", "Qwen3-30B-A3B"),
+        models=_models("Llama-3.2-1B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"),
         tokens=(1, 16, 256),
         prompts=(128, 512),
         batches=(1, 4),
@@ -90,7 +95,7 @@ SCOPES = {
         dtype=torch.float32,
     ),
     ("cpu", True): Scope(
-        models=_models("Llama-3.2-1B"),
+        models=_models("Llama-3.2-1B", "MiniMind-MoE", "DeepSeek-V2-Lite"),
         tokens=(1, 64),
         prompts=(128,),
         batches=(2,),

@@ -1,6 +1,7 @@
 // swiglu.cu - silu(gate) * up, the two halves of each row (Shazeer, arXiv:2002.05202), in float32, rounded once.
 #include <algorithm>
 
+#include "common/activation.h"
 #include "common/op.h"
 #include "common/rows.h"
 #include "common/vector.h"
@@ -18,9 +19,6 @@ struct Params {
     int F;      // a multiple of 8
     int pieces;
 };
-
-// silu(x) = x / (1 + exp(-x)); where exp(-x) overflows, x / inf = 0 is right.
-__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 template <class T>
 __device__ Vector<T> product(const Vector<T>& gate, const Vector<T>& up) {

@@ -34,6 +34,8 @@ class Row(NamedTuple):
 # 16 bytes per thread and copy, tensor cores that sum in float32. 4 bytes: lengths and pages; up to 16: sums of parts.
 ATTENTION = "LDGSTS.128 LDSM.4 HMMA.16816.F32 LDG.32 LDG.128 STG.32 STG.64 ATOMG BAR"
 
+GROUPED = "LDGSTS.128 LDSM.4 HMMA.16816.F32 LDG.32 STG.128 BAR"
+
 # A kernel's row is the first that matches.
 TABLE = [
     # <type, vectors that a thread keeps of a row, add>; rows of one or two are a warp's at most
@@ -53,6 +55,25 @@ TABLE = [
     Row(r"swiglu::kernel<.*>", 32, 0, "LDG.128 STG.128"),
     Row(r"embedding::embedding_kernel<.*>", 16, 0, "LDG.64 LDG.128 STG.128"),  # 8 bytes: token ids
     Row(r"advance::advance_kernel", 24, 0, "LDG.32 STG.32"),
+    # <type, experts of a lane>; at most 8 to 32 warps of 128 threads
+    Row(r"topk_gate::topk_gate_kernel<float, (1|2|4)>", 48, 0, "LDG.32 STG.32"),
+    Row(r"topk_gate::topk_gate_kernel<.*, (1|2|4)>", 48, 0, "LDG.16 LDG.32 STG.32"),
+    Row(r"topk_gate::topk_gate_kernel<float, 8>", 64, 0, "LDG.32 STG.32"),
+    Row(r"topk_gate::topk_gate_kernel<.*, 8>", 64, 0, "LDG.16 LDG.32 STG.32"),
+    Row(r"topk_gate::topk_gate_kernel<float, 16>", 112, 0, "LDG.32 STG.32"),
+    Row(r"topk_gate::topk_gate_kernel<.*, 16>", 112, 0, "LDG.16 LDG.32 STG.32"),
+    Row(r"moe_dispatch::count_kernel", 16, 2048, "LDG.32 STG.32 ATOMS BAR"),
+    Row(r"moe_dispatch::moe_dispatch_kernel", 40, 32896, "LDG.32 STG.32 ATOMS BAR"),
+    Row(r"moe_combine::moe_combine_kernel<.*>", 40, 0, "LDG.32 LDG.128 STG.128"),
+    # <tile, gated>; two blocks of 256 threads fit
+    Row(r"grouped_tensor<.*, 128, .*>", 128, 5120, GROUPED),
+    Row(r"grouped_tensor<.*, 64, .*>", 128, 5120, GROUPED),
+    Row(r"grouped_tensor<.*, 16, .*>", 96, 5120, GROUPED),
+    Row(r"grouped_plain<.*>", 40, 8192, "LDG.32 STG.32 BAR"),
+    Row(r"mla_rope_store::mla_rope_store_kernel<float, .*>", 56, 0, "LDG.32 LDG.128 STG.32 STG.128"),
+    Row(r"mla_rope_store::mla_rope_store_kernel<.*>", 56, 0, "LDG.16 LDG.32 LDG.128 STG.16 STG.128"),
+    Row(r"mla_paged_attention::mla_kernel<.*>", 255, 1024, ATTENTION),
+    Row(r"plain<mla_paged_attention::Latents<float>, 576>", 96, 3072, "LDG.32 STG.32"),
     Row(r"prefill<Prefill<\w+, 32, 32>, .*>", 168, 1024, ATTENTION),
     Row(r"prefill<Prefill<\w+, 64, 64>, .*>", 240, 1024, ATTENTION),
     Row(r"prefill<Prefill<\w+, 96, 96>, .*>", 255, 1024, ATTENTION),
@@ -66,7 +87,7 @@ TABLE = [
     Row(r"decode<Decode<\w+, 128, 128>, .*>", 184, 1024, ATTENTION),
     Row(r"decode<Decode<\w+, 192, 192>, .*>", 192, 1024, ATTENTION),
     Row(r"decode<Decode<\w+, 256, 256>, .*>", 232, 1024, ATTENTION),
-    Row(r"plain<(Contiguous|Paged)<float> >", 64, 2048, "LDG.32 STG.32"),  # one warp: no barrier
+    Row(r"plain<(Contiguous|Paged)<float>, 256>", 64, 2048, "LDG.32 STG.32"),  # one warp: no barrier
     Row(r"sample::slices<float>", 40, 0, "LDG.8 LDG.32 LDG.64 LDG.128 STG.32 STG.64"),
     Row(r"sample::slices<.*>", 40, 0, "LDG.8 LDG.16 LDG.32 LDG.64 LDG.128 STG.32 STG.64"),
     # F64: top_p of a sum that has more bits than float32.

@@ -170,19 +170,20 @@ constexpr int padded = V + 8;
 
 // A block's sums, in shared memory as `parts` parts (what each warp found for the same rows): writes the result, or
 // this block's part of it to the workspace, where the last block to do so merges all. Whole blocks call it, after a
-// barrier.
+// barrier. Of V columns the result has the first `width`.
 template <int V, class T>
 __device__ void write_rows(const Problem<T>& p, const Work& work, int tile, int tile_rows, int split, const float* out,
-                           const float* stats, int parts) {
+                           const float* stats, int parts, int width = V) {
     const int g = blockIdx.y, unit = tile * p.G + g;
     const int64_t part_rows = int64_t(unit) * p.splits * tile_rows;  // of the workspace, before this tile's
     const auto each = [&](auto f) {                                  // f(row, column)
-        for (int i = threadIdx.x; i < work.rows * (V / 4); i += blockDim.x) f(i / (V / 4), i % (V / 4) * 4);
+        const int columns = width / 4;
+        for (int i = threadIdx.x; i < work.rows * columns; i += blockDim.x) f(i / columns, i % columns * 4);
     };
     each([&](int row, int column) {
         const Merged m =
             merge(out + row * padded<V> + column, tile_rows * padded<V>, stats + row * 2, tile_rows * 2, parts);
-        if (work.parts == 1) return store_row(p, work, g, row, column, V, m.out, m.sum);
+        if (work.parts == 1) return store_row(p, work, g, row, column, width, m.out, m.sum);
         const int64_t at = part_rows + split * tile_rows + row;
         *reinterpret_cast<float4*>(p.part_out + at * V + column) = m.out;
         if (column == 0) *reinterpret_cast<float2*>(p.part_stats + at * 2) = {m.top, m.sum};
@@ -203,7 +204,7 @@ __device__ void write_rows(const Problem<T>& p, const Work& work, int tile, int 
         const int64_t at = part_rows + row;
         const Merged m =
             merge(p.part_out + at * V + column, tile_rows * V, p.part_stats + at * 2, tile_rows * 2, work.parts);
-        store_row(p, work, g, row, column, V, m.out, m.sum);
+        store_row(p, work, g, row, column, width, m.out, m.sum);
     });
 }
 

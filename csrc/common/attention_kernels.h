@@ -16,7 +16,7 @@ template <class T, int K_, int V_>
 struct Prefill {
     static constexpr int K = K_, V = V_;
     static constexpr int MI = K <= 128 ? 2 : 1;  // blocks of 16 rows per warp, as many as registers hold
-    static constexpr int rows = attention_warps * MI * 16, keys = 64;
+    static constexpr int rows = attention_warps * MI * 16, keys = 64, threads = attention_threads;
     union Shared {
         struct {
             T q[rows * K], k[keys * K], v[keys * V];
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
 // for itself, several stretches ahead, so that warps never wait for each other before the end.
 template <class T, int K_, int V_>
 struct Decode {
-    static constexpr int K = K_, V = V_, rows = 16, keys = 16;
+    static constexpr int K = K_, V = V_, rows = 16, keys = 16, threads = attention_threads;
     static constexpr int stages = K <= 64 ? 4 : K <= 192 ? 3 : 2;  // 99 KB a block suffice up to K = 128, 163 for all
     static constexpr bool keep_queries = K <= 128;                 // in registers
     struct Stage {
@@ -196,10 +196,10 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
 
 // float32, one warp for each row: every lane has a key for the scores, and every 32nd column of the values.
 constexpr int plain_columns = 256;
-template <class Source>
+template <class Source, int columns>
 __global__ void __launch_bounds__(32) plain(const Problem<float> p, const Source source, int K, int V) {
     struct Row {
-        float q[plain_columns], weights[32];
+        float q[columns], weights[32];
     };
     auto& s = shared<Row>();
     const int lane = threadIdx.x;
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(32) plain(const Problem<float> p, const Source
     const float* q = p.q + (work.token + token) * p.q_token + (int64_t(blockIdx.y) * p.R + h) * p.q_head;
     for (int i = lane; i < K; i += 32) s.q[i] = q[i];
 
-    float out[plain_columns / 32] = {}, top = -INFINITY, sum = 0;
+    float out[columns / 32] = {}, top = -INFINITY, sum = 0;
     for (int first = work.begin; first < work.end; first += 32) {
         __syncwarp();
         const int key = first + lane;
@@ -234,14 +234,14 @@ __global__ void __launch_bounds__(32) plain(const Problem<float> p, const Source
         for (int j = 0; j < min(32, work.end - first); ++j) {
             const float* v = head.value(first + j);
 #pragma unroll
-            for (int i = 0; i < plain_columns / 32; ++i)
+            for (int i = 0; i < columns / 32; ++i)
                 if (i * 32 + lane < V) out[i] += s.weights[j] * v[i * 32 + lane];
         }
     }
     for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     float* y = p.out + ((work.token + token) * p.G * p.R + blockIdx.y * p.R + h) * V;
 #pragma unroll
-    for (int i = 0; i < plain_columns / 32; ++i)
+    for (int i = 0; i < columns / 32; ++i)
         if (i * 32 + lane < V) y[i * 32 + lane] = sum > 0 ? out[i] / sum : 0;
 }
 
@@ -252,9 +252,9 @@ inline int choose_splits(int64_t blocks, int64_t max_keys) {
 }
 
 // Launches `kernel` for `tiles` tiles of P::rows rows, with a workspace where keys are split.
-template <class P, class T, class Source>
-void launch_tiles(void (*kernel)(Problem<T>, Source), Problem<T> p, const Source& source, const Tensor& like,
-                  int64_t tiles, int64_t max_keys, cudaStream_t stream) {
+template <class P, class T, class... Rest>
+void launch_tiles(void (*kernel)(Problem<T>, Rest...), Problem<T> p, const Tensor& like, int64_t tiles,
+                  int64_t max_keys, cudaStream_t stream, const Rest&... rest) {
     p.splits = choose_splits(tiles * p.G, max_keys);
     std::optional<Tensor> sums, done;
     if (p.splits > 1) {
@@ -266,7 +266,7 @@ void launch_tiles(void (*kernel)(Problem<T>, Source), Problem<T> p, const Source
         p.done = static_cast<unsigned*>(done->mutable_data_ptr());
     }
     const dim3 grid(unsigned(tiles), unsigned(p.G), unsigned(p.splits));
-    launch(kernel, {grid, dim3(attention_threads), sizeof(typename P::Shared), stream}, p, source);
+    launch(kernel, {grid, dim3(P::threads), sizeof(typename P::Shared), stream}, p, rest...);
 }
 
 // At least as many tiles as sequences of `queries` in all need, whatever their lengths.
@@ -275,27 +275,27 @@ inline int64_t count_tiles(int64_t queries, int R, int B, int rows) { return (qu
 template <class T, int K, int V, class Source>
 void run_prefill(const Problem<T>& p, const Source& source, const Tensor& q, int64_t max_keys, cudaStream_t stream) {
     using P = Prefill<T, K, V>;
-    launch_tiles<P>(prefill<P, T, Source>, p, source, q, count_tiles(q.size(0), p.R, p.B, P::rows), max_keys, stream);
+    launch_tiles<P>(prefill<P, T, Source>, p, q, count_tiles(q.size(0), p.R, p.B, P::rows), max_keys, stream, source);
 }
 
 template <class T, int K, int V, class Source>
 void run_decode(const Problem<T>& p, const Source& source, const Tensor& q, int64_t max_keys, cudaStream_t stream) {
     using P = Decode<T, K, V>;
-    launch_tiles<P>(decode<P, T, Source>, p, source, q, int64_t(p.B) * ((p.R + P::rows - 1) / P::rows), max_keys,
-                    stream);
+    launch_tiles<P>(decode<P, T, Source>, p, q, int64_t(p.B) * ((p.R + P::rows - 1) / P::rows), max_keys, stream,
+                    source);
 }
 
-template <class Source>
+template <int columns = plain_columns, class Source>
 void run_plain(const Problem<float>& p, const Source& source, const Tensor& q, int K, int V, cudaStream_t stream) {
     const dim3 grid(unsigned(q.size(0) * p.R), unsigned(p.G));
-    launch(plain<Source>, {grid, dim3(32), 0, stream}, p, source, K, V);
+    launch(plain<Source, columns>, {grid, dim3(32), 0, stream}, p, source, K, V);
 }
 
 // What both ops check of their options; the problem, but for its result.
 template <class T>
 Problem<T> make_problem(const Arguments& arguments, const Tensor& q, const Tensor& cu_seqlens_q, int64_t G,
                         std::optional<double> scale, std::optional<int64_t> window) {
-    const int64_t H = arguments["H"], K = arguments["K"];
+    const int64_t H = q.size(1), K = q.size(2);
     const double factor = scale.value_or(1 / std::sqrt(double(K)));
     if (factor <= 0) arguments.fail("scale is ", factor, ", but must be positive");
     Problem<T> p{};

@@ -1,4 +1,4 @@
-// reduce.h - sums over the threads of a block that share a row.
+// reduce.h - sums over threads: of those that share a row, of those before.
 #pragma once
 
 #include "common/device.h"
@@ -26,4 +26,24 @@ __device__ inline float row_sum(float v) {
     if (lane == 0) partial.warp[thread / 32] = v;
     __syncthreads();
     return lanes_sum(lane < warps ? partial.warp[threadIdx.y * warps + lane] : 0.0f, 32);
+}
+
+// The sum of v over the threads before this one. All threads of a block call it, which are whole warps along x, once
+// between two barriers.
+__device__ inline int sum_before(int v) {
+    struct Sums {
+        int warp[32];
+    };
+    auto& sums = shared<Sums>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int sum = v;  // up to this lane, its own included
+    for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += other;
+    }
+    if (lane == 31) sums.warp[warp] = sum;
+    __syncthreads();
+    int before = sum - v;
+    for (int w = 0; w < warp; ++w) before += sums.warp[w];
+    return before;
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyllama.config import MLPConfig, MoEConfig
 from pyllama.layers.linear import Linear
 from pyllama.ops.grouped_linear import grouped_linear
+from pyllama.ops.grouped_swiglu import grouped_swiglu
 from pyllama.ops.moe_combine import moe_combine
 from pyllama.ops.moe_dispatch import moe_dispatch
 from pyllama.ops.product import product
@@ -70,7 +71,7 @@ class MoE(nn.Module):
             config.scale,
         )
         rows, offsets, positions_TN = moe_dispatch(experts_TN, config.num_experts)
-        hidden = swiglu(grouped_linear(x_TD, self.gate_up, offsets, rows))
+        hidden = grouped_swiglu(x_TD, self.gate_up, offsets, rows)
         out_TD = moe_combine(grouped_linear(hidden, self.down, offsets), positions_TN, weights_TN)
         if self.shared is not None:
             shared_TD, _ = self.shared(x_TD)

@@ -5,28 +5,40 @@ from torch import Tensor
 
 from pyllama.ops.checks import segment_lengths
 from pyllama.ops.product import own_way, parts, pays, product, rows_first
-from pyllama.ops.registry import op
+from pyllama.ops.registry import cast, compute_dtype, op
 
 
-def _rows_by_features(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
+def _rows_by_features(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | None = None, *args: object) -> Tensor:
     return x.new_empty(x.shape[0] if rows is None else rows.shape[0], weight.shape[1])
 
 
 @op(
-    "(Tensor x, Tensor weight, Tensor offsets, Tensor? rows=None) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor offsets, Tensor? rows=None, Tensor? scale=None) -> Tensor",
     fake=_rows_by_features,
     x="tokens D",
     weight="E F D",
     offsets="int32: E+1",
     rows="int32: M",
+    scale="float: M",
 )
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Row m of the result is x[rows[m]] @ weight[e].T, with e the expert that owns row m.
+def grouped_linear(
+    x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """Row m of the result is scale[m] * x[rows[m]] @ weight[e].T, with e the expert that owns row m.
 
     x: [tokens, D]; weight: [E, F, D]; offsets: int32 [E + 1], expert e owns rows offsets[e] to offsets[e + 1], from 0
-    to M; rows: int32 [M], or None for x's own rows in order (M = tokens); result: [M, F]. Raises ValueError for
-    shapes that do not fit.
+    to M; rows: int32 [M], or None for x's own rows in order (M = tokens); scale: [M], of any floating-point type, or
+    None for 1; result: [M, F]. Raises ValueError for shapes that do not fit.
     """
+    if scale is not None and len(scale) != (x.shape[0] if rows is None else rows.shape[0]):
+        raise ValueError(f"grouped_linear: scale has {len(scale)} rows, but the result has another number")
+    out_MF = _product(x, weight, offsets, rows)
+    if scale is None:
+        return out_MF
+    return cast(cast(out_MF, compute_dtype(x)) * cast(scale, compute_dtype(x)).unsqueeze(1), x.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | None) -> Tensor:
     x_MD = x if rows is None else x.index_select(0, rows)
     lengths = segment_lengths("grouped_linear", "offsets", offsets, x_MD.shape[0])
     experts = [e for e, length in enumerate(lengths) if length]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from comparing import assert_close, bounds, int32, numpy, refused
+from comparing import assert_close, bounds, int32, numpy, refused, refused_by_kernels
 from torch import Tensor
 
 from pyllama.ops.grouped_linear import grouped_linear
@@ -31,11 +31,14 @@ COUNTS = {
     "uneven": [5, 0, 1, 70],
     "even": [16, 16, 16, 16],
     "empty": [0, 0, 0, 0],
+    "one-each": [1] * 40,
+    "around-64": [63, 64, 65, 0, 1],
+    "large": [129, 0, 300],
 }
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["own-rows", "gathered"])
-@pytest.mark.parametrize(("D", "F"), [(64, 128), (256, 72)])
+@pytest.mark.parametrize(("D", "F"), [(64, 128), (264, 72), (8, 8)])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_formula(counts: list[int], D: int, F: int, gather: bool, dtype: torch.dtype, device: str) -> None:
     M, tokens = sum(counts), 9
@@ -46,6 +49,25 @@ def test_formula(counts: list[int], D: int, F: int, gather: bool, dtype: torch.d
     assert out.dtype == dtype
     assert out.is_contiguous()
     assert_close(out, reference(x, weight, counts, rows))
+
+
+def test_many_experts(device: str, dtype: torch.dtype) -> None:
+    counts = [(e % 5) * (e % 3) for e in range(600)]
+    x, weight = torch.randn(sum(counts), 16, dtype=dtype, device=device), torch.randn(600, 16, 16, dtype=dtype)
+    weight = weight.to(device)
+    assert_close(grouped_linear(x, weight, bounds(counts, device)), reference(x, weight, counts, None))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 20], [70, 100, 1]])
+def test_scaled_rows(counts: list[int], dtype: torch.dtype, device: str) -> None:
+    M = sum(counts)
+    x, weight = torch.randn(M, 72, dtype=dtype, device=device), torch.randn(3, 40, 72, dtype=dtype, device=device)
+    scale = torch.rand(M, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    out = grouped_linear(x, weight, bounds(counts, device), scale=scale)
+    expected = numpy(scale)[:, None] * reference(x, weight, counts, None)
+    assert_close(out, expected, 2 if dtype.itemsize == 2 else 1)  # the eager body rounds twice
+    with refused("grouped_linear: scale (has|of shape)"):
+        grouped_linear(x, weight, bounds(counts, device), scale=scale[1:].clone())
 
 
 def test_experts_without_rows_are_not_read(device: str) -> None:
@@ -73,6 +95,17 @@ def test_arguments(device: str) -> None:
         grouped_linear(x, weight, bounds([3], device))
     with refused("grouped_linear: rows must have .*int32"):
         grouped_linear(x, weight, bounds([1, 2], device), torch.zeros(3, dtype=torch.int64, device=device))
+
+
+def test_what_kernels_do_not_take(device: str) -> None:
+    x, weight = torch.randn(3, 64, device=device), torch.randn(2, 16, 64, device=device)
+    for bad_x, bad_weight, message in (
+        (x[:, :12], weight[..., :12], "D, the input features, are 12, but must be a multiple of 8"),
+        (x, weight[:, :12], "weight has 12 rows, but must have a multiple of 8"),
+        (x, torch.randn(2 * 16 * 64 + 1, device=device)[1:].view(2, 16, 64), "weight must start at a multiple of 16"),
+    ):
+        with refused_by_kernels("grouped_linear", device, message):
+            grouped_linear(bad_x, bad_weight, bounds([1, 2], device))
 
 
 def test_offsets_that_do_not_cover_the_rows() -> None:

@@ -43,5 +43,5 @@ def test_arguments(device: str) -> None:
         moe_combine(x, positions, weights.to(device))
     with refused("moe_combine: positions must have .*int32"):
         moe_combine(x, positions.long(), weights[:, :2].to(device))
-    with refused("moe_combine: weights must have .*floating"):
+    with refused("moe_combine: weights must have .*float"):
         moe_combine(x, positions, positions)

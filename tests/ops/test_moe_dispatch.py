@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from comparing import refused
+from comparing import refused, refused_by_kernels
 
 from pyllama.ops.moe_dispatch import moe_dispatch
 
@@ -13,7 +13,10 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     yield torch.randint(8, (6, 2), dtype=torch.int32), 8
 
 
-@pytest.mark.parametrize(("T", "N", "E"), [(1, 1, 1), (1, 4, 32), (9, 2, 8), (0, 2, 4), (300, 8, 256), (5, 3, 64)])
+@pytest.mark.parametrize(
+    ("T", "N", "E"),
+    [(1, 1, 1), (1, 4, 32), (9, 2, 8), (0, 2, 4), (300, 8, 256), (5, 3, 64), (40, 32, 512), (2100, 8, 60)],
+)
 @pytest.mark.parametrize("spread", ["random", "one", "last"])
 def test_counting_sort(T: int, N: int, E: int, spread: str, device: str) -> None:
     if spread == "random":
@@ -42,6 +45,13 @@ def test_experts_that_are_not_there() -> None:
             indices[place] = wrong
             with refused(f"moe_dispatch: indices has expert {wrong}, but must be in 0 to 3"):
                 moe_dispatch(indices, 4)
+
+
+def test_experts_that_kernels_do_not_take(device: str) -> None:
+    with refused_by_kernels("moe_dispatch", device, "num_experts is 513, but must be in 1 to 512"):
+        moe_dispatch(torch.zeros(2, 2, dtype=torch.int32, device=device), 513)
+    with refused_by_kernels("moe_dispatch", device, "indices must be contiguous"):
+        moe_dispatch(torch.zeros(2, 4, dtype=torch.int32, device=device)[:, :3], 4)
 
 
 def test_arguments(device: str) -> None:

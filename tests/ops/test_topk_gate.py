@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comparing import assert_close, numpy, refused
+from comparing import assert_close, numpy, refused, refused_by_kernels
 from torch import Tensor
 
 from pyllama.ops.topk_gate import topk_gate
@@ -84,6 +84,22 @@ def test_formula(router: dict[str, Any], T: int, dtype: torch.dtype, device: str
     assert indices.dtype == torch.int32
     assert weights.is_contiguous()
     assert indices.is_contiguous()
+    assert indices.tolist() == chosen.tolist()
+    assert_close(weights, expected)
+
+
+@pytest.mark.parametrize(
+    ("E", "top_k", "num_groups"),
+    [(1, 1, 1), (6, 2, 1), (33, 5, 1), (160, 6, 8), (72, 3, 8), (384, 8, 1), (512, 32, 1), (512, 8, 32), (256, 8, 8)],
+)
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_numbers_of_experts(E: int, top_k: int, num_groups: int, scoring: str, device: str) -> None:
+    """Also such as do not spread evenly over a warp."""
+    options = {"scoring": scoring, "num_groups": num_groups, "top_groups": (num_groups + 1) // 2}
+    options["group_top_k"] = min(2, E // num_groups)
+    logits = 2 * torch.randn(9, E, device=device)
+    weights, indices = topk_gate(logits, top_k, 0.1 * torch.ones(E, device=device), **options)
+    expected, chosen = reference(numpy(logits), top_k, np.full(E, 0.1), **options)
     assert indices.tolist() == chosen.tolist()
     assert_close(weights, expected)
 
@@ -179,3 +195,17 @@ def test_arguments(options: dict[str, Any], message: str, device: str) -> None:
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
     with refused("topk_gate: .*" + message):
         topk_gate(torch.randn(2, 8, device=device), **moved)
+
+
+def test_what_kernels_do_not_take(device: str) -> None:
+    logits = torch.randn(2, 513, device=device)
+    with refused_by_kernels("topk_gate", device, "E, the number of experts, is 513, but must be at most 512"):
+        topk_gate(logits, 2)
+    with refused_by_kernels("topk_gate", device, "num_groups is 3, but must be 1, 2, 4, 8, 16 or 32"):
+        topk_gate(logits[:, :9].contiguous(), 2, num_groups=3)
+    with refused_by_kernels("topk_gate", device, "top_k is 33, but must be at most 32"):
+        topk_gate(logits[:, :64].contiguous(), 33)
+    with refused_by_kernels("topk_gate", device, "bias must have float32"):
+        topk_gate(logits[:, :4].contiguous(), 1, torch.zeros(4, dtype=torch.float64, device=device))
+    with refused_by_kernels("topk_gate", device, "logits must be contiguous"):
+        topk_gate(logits[:, :64], 3)
