@@ -19,9 +19,10 @@ ORDER = [
     {"layers"},
     {"model"},
     {"weights"},
-    {"architectures"},
+    {"architectures", "save"},
     {"tokenizer"},
     {"loader"},
+    {"convert"},
     {"sampling"},
     {"text"},
     {"step"},
@@ -37,6 +38,7 @@ ONLY = {
     "cache": {"config"},
     "weights": {"config"},
     "architectures": {"config", "weights"},
+    "save": {"config", "weights"},
     "tokenizer": {"architectures"},  # its reader of JSON files
 }
 OPS = sorted(

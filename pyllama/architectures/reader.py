@@ -82,9 +82,12 @@ class Reader:
     null; without them the key must be there, and must not be null.
     """
 
-    def __init__(self, values: dict[str, Any], ignore: Iterable[str] = (), prefix: str = "") -> None:
+    def __init__(
+        self, values: dict[str, Any], ignore: Iterable[str] = (), prefix: str = "", file: str = "config.json"
+    ) -> None:
         self._ignore = frozenset(ignore)
         self._prefix = prefix  # of an object within the configuration: "rope_scaling."
+        self._file = file  # that errors name
         self._values = {key: value for key, value in values.items() if prefix + key not in self._ignore}
         self._seen: set[str] = set()
         self._readers: dict[str, Reader] = {}
@@ -157,7 +160,7 @@ class Reader:
         if not isinstance(value, dict):
             raise self._malformed(key, "must be an object")
         if key not in self._readers:
-            self._readers[key] = Reader(value, self._ignore, f"{self._prefix}{key}.")
+            self._readers[key] = Reader(value, self._ignore, f"{self._prefix}{key}.", self._file)
         return self._readers[key]
 
     def only(self, key: str, *harmless: Any, default: Any = None) -> Any:
@@ -184,7 +187,7 @@ class Reader:
         if unknown := sorted(self._values.keys() - self._seen - irrelevant - REASONS.keys()):
             pairs = ", ".join(f"{self._prefix}{key} = {_short(self._values[key])}" for key in unknown)
             raise ConfigError(
-                f"config.json has keys that are not known and may change what the model computes: {pairs}. "
+                f"{self._file} has keys that are not known and may change what the model computes: {pairs}. "
                 f"If they do not, load with ignore_config_keys={[self._prefix + key for key in unknown]}"
             )
 
@@ -192,19 +195,19 @@ class Reader:
         """The exception for a key whose value is understood but not supported."""
         name = self._prefix + key
         return ConfigError(
-            f"config.json: {name} = {_short(self._values.get(key))}: {reason}. "
+            f"{self._file}: {name} = {_short(self._values.get(key))}: {reason}. "
             f"If the model computes the same without it, load with ignore_config_keys={[name]}"
         )
 
     def _malformed(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"config.json: {self._prefix}{key} {problem}, got {_short(self._values[key])}")
+        return ConfigError(f"{self._file}: {self._prefix}{key} {problem}, got {_short(self._values[key])}")
 
     def _value(self, key: str, default: Any, null: Any) -> tuple[Any, bool]:
         """(value, whether config.json gives one)."""
         self._seen.add(key)
         if key not in self._values:
             if default is REQUIRED:
-                raise ConfigError(f"config.json lacks {self._prefix}{key}")
+                raise ConfigError(f"{self._file} lacks {self._prefix}{key}")
             return default, False
         value = self._values[key]
         if value is None:
