@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyllama.architectures import find_family, hugging_face_config, read_config
+from pyllama.architectures import find_family
 from pyllama.config import ModelConfig
-from pyllama.loader import config_values, empty_model, find_folder, parse_dtype, progress_bar
+from pyllama.loader import empty_model, find_folder, parse_dtype, progress_bar, read_folder
 from pyllama.save import Piece, unstack, write_tensors
 from pyllama.weights import DTYPES, Checkpoint, Part, WeightTable, check_tied, copy_weights, plan
 
@@ -52,9 +52,7 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder, and nothing is written over")
     origin = find_folder(source, ignore_config_keys)
-    given, file = config_values(origin)
-    config, table = read_config(given, ignore_config_keys, file)
-    values, _ = hugging_face_config(given, ignore_config_keys, file)
+    values, config, table = read_folder(origin, ignore_config_keys)
     names = find_family(values).weights(config)
     with Checkpoint.open(origin) as checkpoint:
         parameters = dict(empty_model(config, len(checkpoint.tensors)).named_parameters())

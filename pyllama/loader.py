@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from torch.overrides import TorchFunctionMode
 
 from pyllama import _C
-from pyllama.architectures import read_config
+from pyllama.architectures import hugging_face_config, read_config
 from pyllama.architectures.reader import ConfigError, read_json
 from pyllama.cache import free_memory
 from pyllama.config import ModelConfig, MoEConfig
@@ -59,9 +59,7 @@ def load(
     chosen = parse_dtype(dtype)
     _check_kernels_take(chosen, target)
     folder = find_folder(source, ignore_config_keys)
-    values, file = config_values(folder)
-    with _in_folder(folder):
-        config, table = read_config(values, ignore_config_keys, file)
+    _, config, table = read_folder(folder, ignore_config_keys)
     model = _load_weights(folder, config, table, target, chosen)
     model.tokenizer = Tokenizer.from_folder(folder)
     model.eos_token_ids = _eos_token_ids(folder, model.tokenizer)
@@ -76,8 +74,7 @@ def find_folder(source: str | Path, ignore_config_keys: Iterable[str]) -> Path:
     folder = _download(str(source), CONFIG_FILES, OWN_FILES)
     if not (folder / "config.json").is_file():
         return _download(str(source), CONFIG_FILES + OWN_FILES, [])
-    with _in_folder(folder):
-        read_config(config_values(folder)[0], ignore_config_keys)
+    read_folder(folder, ignore_config_keys)
     for kind in WEIGHT_FILES:
         folder = _download(str(source), [*CONFIG_FILES, kind], OWN_FILES)
         if any(folder.glob(kind)):
@@ -85,31 +82,32 @@ def find_folder(source: str | Path, ignore_config_keys: Iterable[str]) -> Path:
     return folder
 
 
-def config_values(folder: Path) -> tuple[dict[str, Any], str]:
-    """What config.json says, or without one Meta's params.json; and which of them it was."""
-    for file in ("config.json", "params.json"):
-        values = read_json(folder / file)
-        if values is None:
-            continue
-        if file == "params.json" and values.get("vocab_size", -1) == -1:  # Llama 1 and 2 leave it to the tokenizer
-            with Checkpoint.open(folder) as checkpoint:
-                embedding = checkpoint.tensors.get("tok_embeddings.weight")
-            if embedding is not None:
-                values["vocab_size"] = embedding.shape[0]
-        return values, file
-    raise FileNotFoundError(
-        f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout, and no params.json, "
-        "so it is not one in Meta's"
-    )
-
-
-@contextmanager
-def _in_folder(folder: Path) -> Iterator[None]:
-    """Names the folder in errors about its configuration."""
+def read_folder(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[dict[str, Any], ModelConfig, WeightTable]:
+    """The folder's configuration as a family's config.json would have it, the model, the table of its tensors."""
+    given, file = _config_values(folder)
     try:
-        yield
+        values, _ = hugging_face_config(given, ignore_config_keys, file)
+        return values, *read_config(given, ignore_config_keys, file)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from error
+
+
+def _config_values(folder: Path) -> tuple[dict[str, Any], str]:
+    """What config.json says, or without one Meta's params.json; and which of them it was."""
+    values = read_json(folder / "config.json")
+    if values is not None:
+        return values, "config.json"
+    values = read_json(folder / "params.json")
+    if values is None:
+        raise FileNotFoundError(
+            f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout, and no params.json, "
+            "so it is not one in Meta's"
+        )
+    if values.get("vocab_size", -1) == -1:  # Llama 1 and 2 leave it to their tokenizer
+        with Checkpoint.open(folder) as checkpoint:
+            if "tok_embeddings.weight" in checkpoint.tensors:
+                values["vocab_size"] = checkpoint.tensors["tok_embeddings.weight"].shape[0]
+    return values, "params.json"
 
 
 def _load_weights(

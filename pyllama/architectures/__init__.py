@@ -35,7 +35,7 @@ def read_config(
     """
     values, dialect = hugging_face_config(values, ignore_config_keys, file)
     family = find_family(values, file)
-    reader = Reader(values, ignore_config_keys if dialect is None else (), file=file)
+    reader = Reader(values, file)
     config = family.read(reader)
     scales = read_quantization(reader)
     reader.finish()
@@ -46,18 +46,28 @@ def read_config(
 def hugging_face_config(
     values: dict[str, Any], ignore_config_keys: Iterable[str] = (), file: str = "config.json"
 ) -> tuple[dict[str, Any], Dialect | None]:
-    """The config.json of a family for one in its publisher's own keys, and its dialect; any other as it is."""
+    """The config.json of a family for one in its publisher's own keys, and its dialect; any other as it is, without
+    the ignored keys."""
     if isinstance(ignore_config_keys, str):
         raise TypeError(f"ignore_config_keys must be a collection of keys, as in [{ignore_config_keys!r}]")
+    values = _without(values, frozenset(ignore_config_keys))
     names = values.get("architectures") or []
-    matching = [d for d in DIALECTS if d.keys <= values.keys() and (not names or d.architecture in names)]
+    matching = [d for d in DIALECTS if d.keys <= values.keys() and names in ([], [d.architecture])]
     if not matching:
         return values, None
     dialect = max(matching, key=lambda dialect: len(dialect.keys))
-    reader = Reader(values, ignore_config_keys, file=file)
+    reader = Reader(values, file)
     translated = dialect.translate(reader)
     reader.finish()
     return translated, dialect
+
+
+def _without(values: dict[str, Any], ignored: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, ignored, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in values.items()
+        if prefix + key not in ignored
+    }
 
 
 def find_family(values: dict[str, Any], file: str = "config.json") -> Family:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,17 +77,14 @@ def read_json(file: Path) -> dict[str, Any] | None:
 class Reader:
     """A JSON object whose keys are read one by one, by name and type; `finish` refuses the others.
 
-    Keys in `ignore` count as absent. `default` is the value of an absent key, `null` that of a key given as
-    null; without them the key must be there, and must not be null.
+    `default` is the value of an absent key, `null` that of a key given as null; without them the key must be
+    there, and must not be null.
     """
 
-    def __init__(
-        self, values: dict[str, Any], ignore: Iterable[str] = (), prefix: str = "", file: str = "config.json"
-    ) -> None:
-        self._ignore = frozenset(ignore)
-        self._prefix = prefix  # of an object within the configuration: "rope_scaling."
+    def __init__(self, values: dict[str, Any], file: str = "config.json", prefix: str = "") -> None:
+        self._values = values
         self._file = file  # that errors name
-        self._values = {key: value for key, value in values.items() if prefix + key not in self._ignore}
+        self._prefix = prefix  # of an object within the configuration: "rope_scaling."
         self._seen: set[str] = set()
         self._readers: dict[str, Reader] = {}
 
@@ -160,7 +156,7 @@ class Reader:
         if not isinstance(value, dict):
             raise self._malformed(key, "must be an object")
         if key not in self._readers:
-            self._readers[key] = Reader(value, self._ignore, f"{self._prefix}{key}.", self._file)
+            self._readers[key] = Reader(value, self._file, f"{self._prefix}{key}.")
         return self._readers[key]
 
     def only(self, key: str, *harmless: Any, default: Any = None) -> Any:
