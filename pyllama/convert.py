@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from pyllama.architectures import find_family
+from pyllama.checkpoint import DTYPES, Checkpoint
 from pyllama.config import ModelConfig
+from pyllama.files import check_file
 from pyllama.loader import empty_model, find_folder, parse_dtype, progress_bar, read_folder
 from pyllama.save import Piece, unstack, write_tensors
-from pyllama.weights import DTYPES, Checkpoint, Part, WeightTable, check_tied, copy_weights, plan
+from pyllama.weights import Part, WeightTable, check_tied, copy_weights, plan
 
 # Beside config.json and the weights: tokenizer, chat template, generation_config.json, licence.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -111,7 +113,8 @@ def _config_json(values: Mapping[str, Any], config: ModelConfig, dtype: torch.dt
 
 def _copy_files(origin: Path, target: Path) -> None:
     for file in sorted({file for pattern in COPIED for file in origin.glob(pattern)}):
-        if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
+        if not file.is_dir() and not any(file.match(pattern) for pattern in NOT_COPIED):
+            check_file(file)
             shutil.copyfile(file, target / file.name)
 
 

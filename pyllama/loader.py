@@ -21,18 +21,21 @@ from pyllama import _C
 from pyllama.architectures import hugging_face_config, read_config
 from pyllama.architectures.reader import ConfigError, read_json
 from pyllama.cache import free_memory
+from pyllama.checkpoint import Checkpoint
 from pyllama.config import ModelConfig, MoEConfig
+from pyllama.files import CheckpointError
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 from pyllama.tokenizer import Tokenizer
-from pyllama.weights import Checkpoint, CheckpointError, WeightTable, check_tied, copy_weights, plan
+from pyllama.weights import WeightTable, check_tied, copy_weights, plan
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
 CONFIG_FILES = ["*.json", "*.jinja"]
-WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pth"]  # the first kind that a repository has
-OWN_FILES = ["consolidated*"]  # in a publisher's own format: the weights where there is no config.json, else a copy
+# The first of these patterns that a repository has files for; further ones are the same weights again.
+WEIGHT_FILES = ["model*.safetensors", "*.safetensors", "pytorch_model*.bin", "consolidated.*.pth", "*.bin", "*.pt*"]
+OTHER_FILES = ["*/*"]  # whatever lies in folders
 
 
 def load(
@@ -41,8 +44,9 @@ def load(
     dtype: torch.dtype | str | None = None,
     ignore_config_keys: Iterable[str] = (),
 ) -> Model:
-    """Loads a checkpoint in Hugging Face's layout (config.json, *.safetensors, tokenizer.json) or in Meta's
-    (params.json, consolidated.*).
+    """Loads a checkpoint in Hugging Face's layout (config.json, weights, tokenizer.json) or Meta's (params.json).
+
+    Weights are *.safetensors, or else files of torch.save (*.bin, *.pth, *.pt) that hold nothing but tensors.
 
     source: a folder, a Hub id ("mistralai/Mistral-7B-v0.1", downloaded once), or "demo", the little model
     that comes with the package. device: None is the GPU where there is one, else the CPU. dtype: "float32",
@@ -71,15 +75,10 @@ def find_folder(source: str | Path, ignore_config_keys: Iterable[str]) -> Path:
     folder = _local_folder(source)
     if folder is not None:
         return folder
-    folder = _download(str(source), CONFIG_FILES, OWN_FILES)
-    if not (folder / "config.json").is_file():
-        return _download(str(source), CONFIG_FILES + OWN_FILES, [])
-    read_folder(folder, ignore_config_keys)
-    for kind in WEIGHT_FILES:
-        folder = _download(str(source), [*CONFIG_FILES, kind], OWN_FILES)
-        if any(folder.glob(kind)):
-            break
-    return folder
+    folder = _download(str(source), CONFIG_FILES)
+    if (folder / "config.json").is_file():
+        read_folder(folder, ignore_config_keys)
+    return _download_weights(str(source))
 
 
 def read_folder(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[dict[str, Any], ModelConfig, WeightTable]:
@@ -105,8 +104,9 @@ def _config_values(folder: Path) -> tuple[dict[str, Any], str]:
         )
     if values.get("vocab_size", -1) == -1:  # Llama 1 and 2 leave it to their tokenizer
         with Checkpoint.open(folder) as checkpoint:
-            if "tok_embeddings.weight" in checkpoint.tensors:
-                values["vocab_size"] = checkpoint.tensors["tok_embeddings.weight"].shape[0]
+            embedding = checkpoint.tensors.get("tok_embeddings.weight")
+        if embedding is not None:  # in pieces of dimensions; those of tokens came with Llama 3, which says the size
+            values["vocab_size"] = embedding.shape[0]
     return values, "params.json"
 
 
@@ -199,10 +199,9 @@ def _local_folder(source: str | Path) -> Path | None:
     return None
 
 
-def _download(repo: str, patterns: list[str], ignored: list[str]) -> Path:
-    """ignored: patterns of what is left, beside whatever lies in folders."""
+def _download(repo: str, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=[*ignored, "*/*"]))
+        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=OTHER_FILES))
     except GatedRepoError as error:
         raise FileNotFoundError(
             f"{repo} is a gated repository: ask for access on its page of the Hugging Face Hub, then log in "
@@ -219,6 +218,14 @@ def _download(repo: str, patterns: list[str], ignored: list[str]) -> Path:
             f"there is no folder {repo}, and the Hugging Face Hub cannot be reached for a repository of this name; "
             f"offline, give a folder that holds the checkpoint ({reason})"
         ) from error
+
+
+def _download_weights(repo: str) -> Path:
+    for pattern in WEIGHT_FILES:
+        folder = _download(repo, [*CONFIG_FILES, pattern])
+        if any(folder.glob(pattern)):
+            break
+    return folder
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyllama.checkpoint import DTYPES, INDEX
 from pyllama.config import ModelConfig
-from pyllama.weights import DTYPES, INDEX, Rule, WeightTable
+from pyllama.weights import Rule, WeightTable
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -7,6 +7,7 @@ which token begins a text, which ends one, and the chat template.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +21,9 @@ import jinja2.sandbox
 import tokenizers
 
 from pyllama.architectures.reader import read_json
+from pyllama.files import check_file
 
+MAX_BYTES = 10**8  # of tokenizer.json; Gemma's, of 262144 tokens, has a third
 NO_TEMPLATE = "this checkpoint has no chat template (neither chat_template.jinja nor one in tokenizer_config.json)"
 
 
@@ -68,8 +71,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         file = folder / "tokenizer.json"
-        if not file.is_file():
+        if not os.path.lexists(file):
             return None
+        check_file(file, MAX_BYTES)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
@@ -87,8 +91,10 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{config_file}: {error}") from error
         template_file = folder / "chat_template.jinja"
-        source = template_file if template_file.is_file() else config_file
+        source = template_file if os.path.lexists(template_file) else config_file
         try:
+            if source == template_file:
+                check_file(template_file, MAX_BYTES)
             own = template_file.read_text(encoding="utf-8") if source == template_file else None
             template = own or _default_template(config.get("chat_template"))
             if template is not None:

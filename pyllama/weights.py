@@ -7,27 +7,15 @@ anything is read. Then tensors stream from the memory-mapped files straight into
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
-
-# safetensors' names. Other types (int8, float8) come with scales that no rule applies.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint's files are missing, damaged, or not the model that its config.json describes."""
+from pyllama.checkpoint import DTYPES, FLOAT8, Checkpoint, TensorInfo
+from pyllama.files import CheckpointError, few
 
 
 @dataclass(frozen=True)
@@ -58,6 +46,10 @@ class BlockScales:
     columns: int
     name: str = "weight_scale_inv"
 
+    def of(self, weight: str) -> str:
+        """The name of a weight's scales."""
+        return f"{weight.removesuffix('.weight')}.{self.name}"
+
 
 @dataclass(frozen=True)
 class WeightTable:
@@ -74,116 +66,16 @@ class WeightTable:
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says about one tensor."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
 class Part:
     """One tensor's place: from row `start` of the parameter on, or of its slice for expert `expert`."""
 
     tensor: str
     start: int
+    rows: int
     expert: int | None
-
-
-class Checkpoint:
-    """The tensors of a folder's safetensors files, memory-mapped: reading one makes no copy of it."""
-
-    def __init__(self, folder: Path, files: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-        self.folder = folder
-        self._files = files
-        self.tensors = tensors
-
-    @classmethod
-    @contextmanager
-    def open(cls, folder: Path) -> Iterator[Checkpoint]:
-        """Opens the files and checks their headers.
-
-        Raises CheckpointError for missing and damaged files, MemoryError for one too large to be mapped.
-        """
-        names, indexed = find_files(folder)
-        with ExitStack() as stack:
-            files: dict[str, Any] = {}
-            tensors: dict[str, TensorInfo] = {}
-            for name in names:
-                try:
-                    file = files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
-                except (SafetensorError, OSError) as error:
-                    raise CheckpointError(
-                        f"{folder / name} ({_size(folder / name)}) is not a complete safetensors file: {error}. "
-                        "It may be truncated or damaged; download it again"
-                    ) from error
-                except RuntimeError as error:  # Linux maps no file that is larger than the main memory
-                    raise MemoryError(f"{folder / name} ({_size(folder / name)}) cannot be mapped: {error}") from error
-                for tensor in file.keys():  # noqa: SIM118  (not a dict)
-                    if tensor in tensors:
-                        raise CheckpointError(f"{tensor} is in both {tensors[tensor].file} and {name}")
-                    header = file.get_slice(tensor)
-                    tensors[tensor] = TensorInfo(name, tuple(header.get_shape()), header.get_dtype())
-            if indexed is not None and (wrong := indexed ^ tensors.keys()):
-                raise CheckpointError(
-                    f"{folder / INDEX} and the headers of its files name different tensors: {_few(wrong)}"
-                )
-            yield cls(folder, files, tensors)
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, as a view of its file."""
-        tensor: Tensor = self._files[self.tensors[name].file].get_tensor(name)
-        return tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The data type of most of the weights."""
-        weights: Counter[torch.dtype] = Counter()
-        for tensor in self.tensors.values():
-            if tensor.dtype in DTYPES:
-                weights[DTYPES[tensor.dtype]] += tensor.bytes
-        return weights.most_common(1)[0][0] if weights else torch.float32
-
-
-def find_files(folder: Path) -> tuple[list[str], set[str] | None]:
-    """The names of the folder's safetensors files, and the tensors that its index lists, if it has one."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if "model.safetensors" in names:
-        return ["model.safetensors"], None
-    if (folder / INDEX).is_file():
-        return _indexed_files(folder)
-    if len(names) == 1:
-        return names, None
-    if names:
-        raise CheckpointError(f"{folder} has {len(names)} safetensors files and no {INDEX} to tell them apart")
-    others = sorted(path.name for pattern in ("*.bin*", "*.pt*", "*.gguf") for path in folder.glob(pattern))
-    if others:
-        raise CheckpointError(
-            f"{folder} has no .safetensors file, only {_few(others)}. Only safetensors are read; with "
-            "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) converts"
-        )
-    raise CheckpointError(f"{folder} has no .safetensors file")
-
-
-def _indexed_files(folder: Path) -> tuple[list[str], set[str]]:
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = {tensor: str(file) for tensor, file in weight_map.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged: no JSON object 'weight_map' ({error})") from error
-    names = sorted(set(files.values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{folder / INDEX} names files outside of its folder: {_few(outside)}")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(names)} files that {INDEX} names: {_few(missing)}"
-        )
-    return names, set(files)
+    join: int | None  # the dimension along which its pieces are joined; None: each is the whole tensor
+    head_size: int  # of rows in another order, as `Rule.interleaved` says; 0: none are
+    blocks: BlockScales | None  # of the scales it is to be multiplied by; None: it is the weight itself
 
 
 def plan(
@@ -209,28 +101,81 @@ def plan(
             wanted.update(names)
             if any(name not in tensors for name in names):
                 continue
-            shapes = [tensors[name].shape for name in names]
             whole = tuple(shape[1:] if by_expert else shape)
-            if not _stacks_to(shapes, whole):
-                have = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
-                misfits.append(f"{have} should {'stack to' if len(names) > 1 else 'be'} {list(whole)}")
-                continue
-            rows = [shape[0] for shape in shapes]
-            parts[parameter] += [Part(name, sum(rows[:n]), expert) for n, name in enumerate(names)]
+            found = _parts(rule, names, tensors, whole, expert, table.scales)
+            if isinstance(found, str):
+                misfits.append(found)
+            else:
+                parts[parameter] += found
 
+    scaled = {part.tensor: part.blocks for found in parts.values() for part in found if part.blocks}
+    wanted.update(blocks.of(name) for name, blocks in scaled.items())
+    misfits += [text for name, blocks in scaled.items() if (text := _scales_misfit(name, blocks, tensors))]
     skip = [_pattern(name) for name in (*table.skip, *(copy for copy, _ in table.tied))]
+    types = {name: tensors[name].dtype for name in (wanted & tensors.keys()) - scaled.keys()}
     problems = {
         "missing": wanted - tensors.keys(),
         "of a wrong shape": misfits,
         "not part of the model": [n for n in tensors.keys() - wanted if not any(s.fullmatch(n) for s in skip)],
-        f"not {', '.join(DTYPES)}": [
-            f"{name} ({tensors[name].dtype})" for name in wanted & tensors.keys() if tensors[name].dtype not in DTYPES
-        ],
+        f"{FLOAT8} without scales, of which config.json says nothing": [n for n, t in types.items() if t == FLOAT8],
+        f"not {', '.join(DTYPES)}": [f"{n} ({t})" for n, t in types.items() if t not in (*DTYPES, FLOAT8)],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
-        raise CheckpointError(f"the checkpoint's tensors are not those of its config.json: {found}")
+        text = "; ".join(f"{len(names)} {what}: {few(names)}" for what, names in problems.items() if names)
+        raise CheckpointError(f"the checkpoint's tensors are not those of its config.json: {text}")
     return parts
+
+
+def _parts(
+    rule: Rule,
+    names: Sequence[str],
+    tensors: Mapping[str, TensorInfo],
+    whole: tuple[int, ...],
+    expert: int | None,
+    scales: BlockScales | None,
+) -> list[Part] | str:
+    """The rule's tensors as parts of a parameter of shape `whole`, or what does not fit."""
+    infos = [tensors[name] for name in names]
+    # Which dimension the pieces of a tensor were cut along is seen from their shapes; one at most makes them fit.
+    joins = (None, *range(len(whole)))
+    join = next((join for join in joins if _stacks_to([_joined(info, join) for info in infos], whole)), -1)
+    if join == -1:
+        have = ", ".join(
+            f"{name} {list(info.shape)}" + (f" in each of {len(info.files)} files" if len(info.files) > 1 else "")
+            for name, info in zip(names, infos, strict=True)
+        )
+        return f"{have} should {'stack to' if len(names) > 1 else 'be'} {list(whole)}"
+    heads = rule.interleaved or (0,) * len(names)
+    if cut := [name for name, info, K in zip(names, infos, heads, strict=True) if K and info.shape[0] % K]:
+        return f"{few(cut)} {list(tensors[cut[0]].shape)} should be rows of whole heads"
+    rows = [_joined(info, join)[0] for info in infos]
+    return [
+        Part(name, sum(rows[:n]), rows[n], expert, join, heads[n], scales if infos[n].dtype == FLOAT8 else None)
+        for n, name in enumerate(names)
+    ]
+
+
+def _joined(info: TensorInfo, join: int | None) -> tuple[int, ...]:
+    """The shape of the tensor's pieces, joined along a dimension if it has as many."""
+    return tuple(n * len(info.files) if dim == join else n for dim, n in enumerate(info.shape))
+
+
+def _stacks_to(shapes: Sequence[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
+    """Whether tensors of these shapes, stacked along their first dimension, have the wanted shape."""
+    fit = all(len(shape) == len(wanted) > 0 and shape[1:] == wanted[1:] for shape in shapes)
+    return fit and sum(shape[0] for shape in shapes) == wanted[0]
+
+
+def _scales_misfit(name: str, blocks: BlockScales, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What is wrong with a tensor's scales, if they are there. Each of its pieces has those of its own blocks."""
+    weight, found = tensors[name], tensors.get(blocks.of(name))
+    wanted = [-(-size // block) for size, block in zip(weight.shape, (blocks.rows, blocks.columns), strict=False)]
+    if found is None or (len(weight.shape) == 2 and (list(found.shape), found.files) == (wanted, weight.files)):
+        return None
+    return (
+        f"{blocks.of(name)} {list(found.shape)} in {few(found.files)} should be {wanted}, one for each {blocks.rows} x "
+        f"{blocks.columns} of {name} {list(weight.shape)}, in {few(weight.files)}"
+    )
 
 
 def check_tied(table: WeightTable, parts: Mapping[str, list[Part]], checkpoint: Checkpoint) -> None:
@@ -238,8 +183,10 @@ def check_tied(table: WeightTable, parts: Mapping[str, list[Part]], checkpoint: 
     used = {part.tensor for found in parts.values() for part in found}
     for copy, original in table.tied:
         if copy in checkpoint.tensors and copy not in used:
-            left, right = checkpoint.read(copy), checkpoint.read(original)
-            if left.dtype != right.dtype or not torch.equal(left, right):
+            left, right = checkpoint.tensors[copy], checkpoint.tensors[original]
+            alike = (left.shape, left.dtype, len(left.files)) == (right.shape, right.dtype, len(right.files))
+            pieces = range(len(left.files))
+            if not alike or not all(torch.equal(*(checkpoint.read(n, p) for n in (copy, original))) for p in pieces):
                 raise CheckpointError(
                     f"config.json ties the embeddings, but {copy} in {checkpoint.folder} is not {original}: if the "
                     "model has a head of its own, set tie_word_embeddings to false in config.json"
@@ -256,27 +203,44 @@ def copy_weights(
     """Copies every tensor to its place, in the parameter's data type; `progress` is told the bytes read."""
     for name, found in parts.items():
         for part in found:
-            place = parameters[name] if part.expert is None else parameters[name][part.expert]
-            tensor = checkpoint.read(part.tensor)
-            place[part.start : part.start + len(tensor)].copy_(tensor)
-            progress(checkpoint.tensors[part.tensor].bytes)
+            whole = parameters[name] if part.expert is None else parameters[name][part.expert]
+            place = whole[part.start : part.start + part.rows]
+            info = checkpoint.tensors[part.tensor]
+            if part.join is None:
+                _check_copies(part.tensor, checkpoint)
+            for piece, target in enumerate([place] if part.join is None else place.chunk(len(info.files), part.join)):
+                tensor = checkpoint.read(part.tensor, piece)
+                if part.blocks:
+                    scales = checkpoint.read(part.blocks.of(part.tensor), piece)
+                    tensor = _multiply_out(tensor, scales, part.blocks, target)
+                if K := part.head_size:  # pairs (2i, 2i + 1) of a head's rows become (i, i + K/2)
+                    target = target.unflatten(0, (-1, 2, K // 2))
+                    tensor = tensor.unflatten(0, (-1, K // 2, 2)).transpose(1, 2)
+                target.copy_(tensor)
+            progress(info.bytes)
 
 
-def _stacks_to(shapes: Sequence[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
-    """Whether tensors of these shapes, stacked along their first dimension, have the wanted shape."""
-    fit = all(len(shape) == len(wanted) > 0 and shape[1:] == wanted[1:] for shape in shapes)
-    return fit and sum(shape[0] for shape in shapes) == wanted[0]
+def _check_copies(name: str, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where a tensor that several files hold as a whole is not the same in all."""
+    files = checkpoint.tensors[name].files
+    for piece in range(1, len(files)):
+        if not torch.equal(checkpoint.read(name), checkpoint.read(name, piece)):
+            raise CheckpointError(
+                f"{name} should be the same in all files, and is not in {files[0]} and {files[piece]}"
+            )
+
+
+def _multiply_out(tensor: Tensor, scales: Tensor, blocks: BlockScales, like: Tensor) -> Tensor:
+    """Each element times its block's scale, in float32; on `like`'s device and in its data type."""
+    rows, columns = tensor.shape
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    scales = scales.to(like.device, torch.float32).repeat_interleave(blocks.columns, dim=1)[:, :columns]
+    for start, scale in zip(range(0, rows, blocks.rows), scales, strict=True):
+        band = slice(start, start + blocks.rows)
+        out[band] = tensor[band].to(like.device).float() * scale
+    return out
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    """`layers.{i}.norm` as a regular expression whose group `i` is a number."""
-    return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)"))
-
-
-def _size(file: Path) -> str:
-    return f"{file.stat().st_size:,} bytes" if file.exists() else "a link to nothing"
-
-
-def _few(names: Collection[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    """`layers.{i}.norm` as a regular expression whose group `i` is a number; `*` is anything."""
+    return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", ".*"), re.DOTALL)

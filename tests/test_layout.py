@@ -18,6 +18,9 @@ ORDER = [
     {"cache"},
     {"layers"},
     {"model"},
+    {"files"},
+    {"torch_file"},
+    {"checkpoint"},
     {"weights"},
     {"architectures", "save"},
     {"tokenizer"},
@@ -36,10 +39,13 @@ ONLY = {
     "config": set(),
     "batch": set(),
     "cache": {"config"},
-    "weights": {"config"},
-    "architectures": {"config", "weights"},
-    "save": {"config", "weights"},
-    "tokenizer": {"architectures"},  # its reader of JSON files
+    "files": set(),
+    "torch_file": {"files"},
+    "checkpoint": {"files", "torch_file"},
+    "weights": {"files", "checkpoint"},
+    "architectures": {"config", "files", "weights"},
+    "save": {"config", "checkpoint", "weights"},
+    "tokenizer": {"files", "architectures"},  # its reader of JSON files
 }
 OPS = sorted(
     path.stem

@@ -22,9 +22,9 @@ import pyllama
 from pyllama import _C
 from pyllama.architectures.reader import ConfigError
 from pyllama.cache import free_memory
+from pyllama.files import CheckpointError
 from pyllama.loader import _check_kernels_take, _device, _fitting_dtype
 from pyllama.ops.registry import OPS, implementation
-from pyllama.weights import CheckpointError
 
 
 @pytest.fixture

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Final
 
+from pyllama.files import check_file
+
 REQUIRED: Final[Any] = object()
 MAX_SIZE = 2**31 - 1  # ops count in int32
+MAX_BYTES = 10**7  # of a file of JSON; a configuration with a chat template has a hundredth
 MAX_LAYERS = 2**16 - 1  # a `ModelConfig` lists its layers
 
 # Keys that change nothing in what a model computes at inference, whatever their value.
@@ -62,9 +66,13 @@ class ConfigError(ValueError):
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in the file; None where there is no file. Raises ConfigError where there is something else."""
-    if not file.is_file():
+    """The object in the file; None where there is no file.
+
+    Raises ConfigError where there is something else, CheckpointError for a file that is not safe to read.
+    """
+    if not os.path.lexists(file):
         return None
+    check_file(file, MAX_BYTES)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

@@ -28,11 +28,13 @@ from typer.testing import CliRunner
 
 import pyllama
 from pyllama.architectures.reader import ConfigError
+from pyllama.checkpoint import INDEX
 from pyllama.cli import app
 from pyllama.config import GQAConfig, LayerConfig, MLPConfig, ModelConfig
 from pyllama.convert import convert
+from pyllama.files import CheckpointError
 from pyllama.save import unstack
-from pyllama.weights import INDEX, CheckpointError, Rule, WeightTable
+from pyllama.weights import Rule, WeightTable
 
 EIGHT_BITS = {"quant_method": "fp8", "weight_block_size": [16, 32], "fmt": "e4m3", "activation_scheme": "dynamic"}
 

@@ -17,9 +17,9 @@ import pyllama
 from pyllama.architectures import read_config
 from pyllama.architectures.reader import ConfigError
 from pyllama.config import GQAConfig, Llama3Scaling, MLPConfig
-from pyllama.weights import CheckpointError
+from pyllama.files import CheckpointError
 
-VOCAB = 211
+VOCAB = 212
 # What Meta calls a tensor of a layer, what Hugging Face calls it, and the dimension that Meta's shards split.
 LAYER = {
     "attention.wq": ("self_attn.q_proj", 0),
@@ -66,9 +66,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
         1,
     ),
     "llama3": (
-        {"vocab_size": VOCAB + 1, "n_kv_heads": 4, "rope_theta": 500_000.0, "ffn_dim_multiplier": 1.3},
+        {"vocab_size": VOCAB, "n_kv_heads": 4, "rope_theta": 500_000.0, "ffn_dim_multiplier": 1.3},
         {
-            "vocab_size": VOCAB + 1,
+            "vocab_size": VOCAB,
             "num_key_value_heads": 4,
             "intermediate_size": 224,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
@@ -77,15 +77,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
         0,
     ),
     "llama3.1": (
-        {"vocab_size": VOCAB + 1, "rope_theta": 500_000.0, "use_scaled_rope": True, "n_kv_heads": None}
+        {"vocab_size": VOCAB, "rope_theta": 500_000.0, "use_scaled_rope": True, "n_kv_heads": None}
         | {"rope_scaling_factor": 8.0, "tie_word_embeddings": False},  # at this size it would be taken for Llama 3.2
-        {"vocab_size": VOCAB + 1, "rope_parameters": LLAMA31},
+        {"vocab_size": VOCAB, "rope_parameters": LLAMA31},
         131072,
         0,
     ),
     "llama3.2": (
-        {"vocab_size": VOCAB + 1, "rope_theta": 500_000.0, "use_scaled_rope": True, "max_batch_size": 32},
-        {"vocab_size": VOCAB + 1, "tie_word_embeddings": True, "rope_parameters": LLAMA31 | {"factor": 32.0}},
+        {"vocab_size": VOCAB, "rope_theta": 500_000.0, "use_scaled_rope": True, "max_batch_size": 32},
+        {"vocab_size": VOCAB, "tie_word_embeddings": True, "rope_parameters": LLAMA31 | {"factor": 32.0}},
         131072,
         0,
     ),

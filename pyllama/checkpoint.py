@@ -1,0 +1,234 @@
+"""Checkpoints: the files of a folder as named tensors, memory-mapped, so that reading one makes no copy of it.
+
+What lies in a folder: one file, several with an index, or one for each rank of the tensor parallelism that the
+publisher ran the model with, where a tensor is in pieces. Safetensors go before files of torch.save.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pyllama.files import CheckpointError, check_file, few, printable
+from pyllama.torch_file import MAX_HEADER, NAMES, load_state_dict
+
+INDEX = "model.safetensors.index.json"
+MAX_INDEX = 2**25  # bytes; DeepSeek-V3's has 9 MB
+
+# Of safetensors' names those that are weights as they are. Other types come with scales.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT8 = "F8_E4M3"
+
+Headers = dict[str, tuple[tuple[int, ...], str]]  # of each tensor in a file: shape, data type
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the headers of its files say about one tensor; in several files lies a piece of it each, in order."""
+
+    files: tuple[str, ...]
+    shape: tuple[int, ...]  # of each piece
+    dtype: str  # safetensors' name
+
+    @property
+    def bytes(self) -> int:
+        """Of all pieces."""
+        return len(self.files) * math.prod(self.shape) * (1 if self.dtype == FLOAT8 else DTYPES[self.dtype].itemsize)
+
+
+class Checkpoint:
+    """The tensors of a folder's files."""
+
+    def __init__(
+        self, folder: Path, files: Mapping[str, Callable[[str], Tensor]], tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        self.folder = folder
+        self._files = files
+        self.tensors = tensors
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path) -> Iterator[Checkpoint]:
+        """Opens the files and checks their headers.
+
+        Raises CheckpointError for missing, damaged and unsafe files, MemoryError for one too large to be mapped.
+        """
+        found = find_files(folder)
+        with ExitStack() as stack:
+            files: dict[str, Callable[[str], Tensor]] = {}
+            tensors: dict[str, TensorInfo] = {}
+            for name in found.names:
+                check_file(folder / name)
+                headers, files[name] = found.layout.open(folder / name, stack)
+                for tensor, header in headers.items():
+                    tensors[tensor] = _with_piece(tensors.get(tensor), tensor, TensorInfo((name,), *header), found)
+            if partial := [name for name, info in tensors.items() if 1 < len(info.files) < len(found.names)]:
+                raise CheckpointError(f"{folder}: neither in one file nor in all {len(found.names)}: {few(partial)}")
+            if found.indexed is not None and (wrong := found.indexed ^ tensors.keys()):
+                raise CheckpointError(
+                    f"{folder / found.layout.index} and the headers of its files name different tensors: {few(wrong)}"
+                )
+            yield cls(folder, files, tensors)
+
+    def read(self, name: str, piece: int = 0) -> Tensor:
+        """The tensor, or a piece of it, on the CPU, as a view of its file."""
+        return self._files[self.tensors[name].files[piece]](name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of most of the weights; bfloat16 for those of 8 bits, which are rounded from it."""
+        weights: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype in (*DTYPES, FLOAT8):
+                weights[DTYPES.get(tensor.dtype, torch.bfloat16)] += tensor.bytes
+        return weights.most_common(1)[0][0] if weights else torch.float32
+
+
+def _with_piece(known: TensorInfo | None, name: str, piece: TensorInfo, found: Files) -> TensorInfo:
+    if known is None:
+        return piece
+    files = f"{known.files[0]} and {piece.files[0]}"
+    if not found.by_rank:
+        raise CheckpointError(f"{printable(name)} is in both {files}")
+    if (known.shape, known.dtype) != (piece.shape, piece.dtype):
+        raise CheckpointError(
+            f"the pieces of {printable(name)} in {files} differ: {known.dtype} {list(known.shape)} and "
+            f"{piece.dtype} {list(piece.shape)}"
+        )
+    return replace(known, files=known.files + piece.files)
+
+
+def _open_safetensors(file: Path, stack: ExitStack) -> tuple[Headers, Callable[[str], Tensor]]:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if size >= length > MAX_HEADER:
+                raise ValueError(f"its header of {length:,} bytes is larger than {MAX_HEADER:,}")
+            reader = stack.enter_context(safe_open(file, framework="pt"))
+            header = json.loads(opened.read(length), object_pairs_hook=_without_duplicates)
+        header.pop("__metadata__", None)
+        headers = {name: (tuple(values["shape"]), values["dtype"]) for name, values in header.items()}
+        if wrong := [name for name, (shape, _) in headers.items() if any(n >= 2**63 for n in shape)]:
+            raise ValueError(f"{few(wrong)} of impossible sizes")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} ({size:,} bytes) is not a complete safetensors file: {printable(str(error))}. "
+            "It may be truncated or damaged; download it again"
+        ) from error
+    except RuntimeError as error:  # Linux maps no file that is larger than the main memory
+        raise MemoryError(f"{file} ({size:,} bytes) cannot be mapped: {error}") from error
+    return headers, reader.get_tensor
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _open_torch(file: Path, stack: ExitStack) -> tuple[Headers, Callable[[str], Tensor]]:
+    tensors = load_state_dict(file)
+    headers = {name: (tuple(tensor.shape), NAMES[tensor.dtype]) for name, tensor in tensors.items()}
+    return headers, tensors.__getitem__
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the files of one format are named."""
+
+    whole: str  # a checkpoint in one file; its index has ".index.json" appended
+    by_rank: re.Pattern[str]  # the file of rank `rank`, of `ranks` where the name says so
+    patterns: tuple[str, ...]
+    open: Callable[[Path, ExitStack], tuple[Headers, Callable[[str], Tensor]]]
+
+    @property
+    def index(self) -> str:
+        return f"{self.whole}.index.json"
+
+
+LAYOUTS = (
+    Layout(
+        "model.safetensors",
+        re.compile(r"model(?P<rank>\d{1,4})-mp(?P<ranks>\d{1,4})\.safetensors"),  # DeepSeek's convert.py
+        ("*.safetensors",),
+        _open_safetensors,
+    ),
+    Layout(
+        "pytorch_model.bin",
+        re.compile(r"consolidated\.(?P<rank>\d{1,4})(?P<ranks>)\.pth"),  # Meta's
+        ("*.bin", "*.pth", "*.pt"),
+        _open_torch,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files to read; `indexed`: the tensors that an index lists; `by_rank`: a tensor may be in all of them."""
+
+    layout: Layout
+    names: tuple[str, ...]
+    indexed: frozenset[str] | None = None
+    by_rank: bool = False
+
+
+def find_files(folder: Path) -> Files:
+    """Which of the folder's files hold its weights. Raises CheckpointError where that is not clear."""
+    for layout in LAYOUTS:
+        names = sorted({path.name for pattern in layout.patterns for path in folder.glob(pattern)})
+        if layout.whole in names:
+            return Files(layout, (layout.whole,))
+        if (folder / layout.index).exists():
+            return _indexed_files(folder, layout)
+        if ranked := [match for name in names if (match := layout.by_rank.fullmatch(name))]:
+            return _files_by_rank(folder, layout, ranked)
+        if len(names) == 1:
+            return Files(layout, tuple(names))
+        if names:
+            raise CheckpointError(
+                f"{folder} has {len(names)} files of weights and no {layout.index} to tell them apart: {few(names)}"
+            )
+    wanted = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
+    others = sorted(path.name for path in folder.glob("*.gguf"))
+    raise CheckpointError(f"{folder} has no file of weights ({wanted})" + (f", only {few(others)}" if others else ""))
+
+
+def _files_by_rank(folder: Path, layout: Layout, found: list[re.Match[str]]) -> Files:
+    files = {int(match["rank"]): match.string for match in found}
+    ranks = {int(match["ranks"] or len(found)) for match in found}
+    if len(ranks) > 1 or sorted(files) != list(range(max(ranks))) or len(files) < len(found):
+        raise CheckpointError(
+            f"{folder} has {few(files.values())}: not one file for each rank, from 0 to {max(*ranks, *files) - 1}"
+        )
+    return Files(layout, tuple(files[rank] for rank in sorted(files)), by_rank=True)
+
+
+def _indexed_files(folder: Path, layout: Layout) -> Files:
+    index = folder / layout.index
+    check_file(index, MAX_INDEX)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {tensor: str(file) for tensor, file in weight_map.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is damaged: no JSON object 'weight_map' ({error})") from error
+    names = sorted(set(files.values()))
+    if outside := [name for name in names if Path(name).name != name or name == ".." or not name.isprintable()]:
+        raise CheckpointError(f"{index} names files outside of its folder: {few(outside)}")
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(names)} files that {layout.index} names: {few(missing)}"
+        )
+    return Files(layout, tuple(names), frozenset(files))

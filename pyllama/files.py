@@ -1,0 +1,53 @@
+"""Which files of a checkpoint's folder may be opened, since a folder may come from anybody.
+
+A name in a folder can be a pipe that never ends, a device, or a link to any file of this machine. Whatever reads
+files asks here first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+# Where the Hub's cache keeps what its snapshots, and older downloads into a folder, link to.
+_BLOB = re.compile(r".*/(?:models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's files are missing, damaged, unsafe, or not the model that its configuration describes."""
+
+
+def check_file(file: Path, most: int | None = None) -> int:
+    """The size in bytes of a file that may be opened, `most` at most.
+
+    Raises CheckpointError for what is not a regular file, for a link that leads out of the folder (but into the
+    Hub's cache, whose snapshots are links), and for a file that is too large to be what its name says.
+    """
+    target = Path(os.path.realpath(file))
+    if not os.path.lexists(target):
+        raise CheckpointError(f"{file} is {'a link to nothing' if file.is_symlink() else 'not there'}")
+    if not target.is_file():
+        raise CheckpointError(f"{file} is not a regular file")
+    folder = os.path.realpath(file.parent)
+    if file.is_symlink() and not target.is_relative_to(folder) and not _BLOB.fullmatch(target.as_posix()):
+        raise CheckpointError(
+            f"{file} is a link out of its folder, to {target}: only the Hub's cache is read through links. "
+            "If the link is yours, put the file itself, or a hard link to it, in the folder"
+        )
+    size = target.stat().st_size
+    if most is not None and size > most:
+        raise CheckpointError(f"{file} has {size:,} bytes, and no such file needs more than {most:,}")
+    return size
+
+
+def few(names: Collection[str]) -> str:
+    """The first names, fit to be printed, and how many more there are."""
+    return ", ".join(map(printable, sorted(names)[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def printable(name: str) -> str:
+    """A name from a file, which could steer a terminal or fill it."""
+    text = name if name.isprintable() else ascii(name)
+    return text if len(text) <= 200 else f"{text[:197]}..."
