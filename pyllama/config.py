@@ -105,8 +105,8 @@ class MLAConfig:
 
     @property
     def stacked(self) -> tuple[int, ...]:
-        """The rows of the queries (or their latent) and of an entry of the cache in their one product."""
-        return self.q_rank or self.num_heads * (self.nope_dim + self.rope.dim), self.kv_rank + self.rope.dim
+        """The rows of the queries' latent and of an entry of the cache in their one product."""
+        return self.q_rank or 0, self.kv_rank + self.rope.dim
 
 
 @dataclass(frozen=True)

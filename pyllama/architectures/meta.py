@@ -12,10 +12,9 @@ from pyllama.architectures.reader import MAX_LAYERS, Reader
 from pyllama.config import GQAConfig, ModelConfig
 from pyllama.weights import Rule, WeightTable
 
-LLAMA3_THETA = 500_000.0
 # The contexts of training by RoPE's base: Llama 2, Llama 3, CodeLlama. params.json does not say them, nor anything
 # that tells Llama 1 (2048) from Llama 2. For another base the default of Meta's code.
-CONTEXTS = {10_000.0: 4096, LLAMA3_THETA: 8192, 1_000_000.0: 16384}
+CONTEXTS = {10_000.0: 4096, 500_000.0: 8192, 1_000_000.0: 16384}
 DEFAULT_CONTEXT = 2048
 SCALED_CONTEXT = 131072  # of Llama 3.1 and later
 
@@ -84,13 +83,10 @@ def weights(config: ModelConfig) -> WeightTable:
     """The rules for these names. RoPE turns pairs (2i, 2i + 1) there, and what it turns is put in the half order."""
     attention = config.layers[0].attention
     assert isinstance(attention, GQAConfig)
-    assert attention.rope is not None
     size = attention.head_dim
-    # Llama 3's code splits the embedding among devices by tokens, that of Llama 1 and 2 by dimensions.
-    embedding_shard = 0 if attention.rope.theta == LLAMA3_THETA else 1
     ffn, expert, shared = (f"layers.{{i}}.feed_forward.{part}" for part in ("", "experts.{e}.", "shared_experts."))
     rules = (
-        Rule("embedding.weight", ("tok_embeddings.weight",), embedding_shard),
+        Rule("embedding.weight", ("tok_embeddings.weight",), 0),
         Rule("layers.{i}.attention_norm.weight", ("layers.{i}.attention_norm.weight",), None),
         Rule(
             "layers.{i}.attention.qkv.weight",
