@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 import pyllama
 from pyllama.architectures import read_config
 from pyllama.model import Model
-from pyllama.weights import WeightTable
+from pyllama.save import unstack
 
 END_OF_TEXT = "<|endoftext|>"  # before and after every document; id 0
 
@@ -277,27 +277,6 @@ def train(
     return history, time.monotonic() - start, aux_loss
 
 
-def checkpoint_tensors(model: Model, table: WeightTable) -> dict[str, Tensor]:
-    """The parameters in bfloat16 under the checkpoint's names: the table read backwards."""
-    tensors: dict[str, Tensor] = {}
-    parameters = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
-    for i, layer in enumerate(model.config.layers):
-        heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
-        for rule in table.rules:
-            stacked = parameters.pop(rule.target.format(i=i), None)
-            if stacked is None:
-                continue
-            shares = [heads, kv_heads, kv_heads] if len(rule.sources) == 3 else [1] * len(rule.sources)
-            by_expert = "{e}" in rule.sources[0]
-            for e, expert in enumerate(stacked if by_expert else [stacked]):
-                rows = [len(expert) // sum(shares) * share for share in shares]
-                for source, tensor in zip(rule.sources, expert.split(rows), strict=True):
-                    tensors[source.format(i=i, e=e)] = tensor.contiguous()
-    if parameters:
-        raise ValueError(f"no rule of the table writes {', '.join(parameters)}")
-    return tensors
-
-
 def save(trainer: Trainer, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the checkpoint."""
     tokens = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": True}
@@ -309,7 +288,10 @@ def save(trainer: Trainer, tokenizer: Tokenizer, folder: Path) -> None:
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
-    tensors = checkpoint_tensors(trainer.model, trainer.table)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainer.model.named_parameters():
+        tensors |= unstack(trainer.table, trainer.model.config, name, parameter.detach().to(torch.bfloat16))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

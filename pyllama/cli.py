@@ -1,4 +1,4 @@
-"""The command `pyllama`: generate, chat, doctor.
+"""The command `pyllama`: generate, chat, convert, doctor.
 
 Text goes to standard output, everything about it (loading, speed, errors) to standard error.
 """
@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pyllama import doctor
+from pyllama.convert import convert as convert_checkpoint
 from pyllama.generation import generate as generate_text
 from pyllama.generation import stream
 from pyllama.loader import load
@@ -168,6 +169,19 @@ def chat(
                 messages.pop()
             else:
                 messages.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def convert(
+    source: Source,
+    folder: Annotated[str, typer.Argument(help="The folder to write; it must be empty or not be there.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 [default: each tensor's own]")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of each file, as in 5GB or 500MB.")] = "5GB",
+    ignore_config_key: IgnoreKey = None,
+) -> None:
+    """Write the checkpoint SOURCE to FOLDER as Hugging Face safetensors."""
+    with _one_line_errors():
+        convert_checkpoint(source, folder, dtype, max_shard_size, ignore_config_key or ())
 
 
 @app.command(name="doctor")

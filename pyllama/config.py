@@ -79,6 +79,11 @@ class GQAConfig:
     qk_norm: Literal["head", "whole"] | None = None  # RMSNorm before RoPE: over each head, or over all heads at once
     clip: float | None = None  # queries, keys and values are cut to [-clip, clip] before RoPE
 
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The rows of queries, keys and values in their one product."""
+        return tuple(heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
+
 
 @dataclass(frozen=True)
 class MLAConfig:
@@ -97,6 +102,11 @@ class MLAConfig:
     scale: float  # of the scores
     bias: bool = False  # of the products to the latents and to the hidden state
     norm_eps: float = 1e-6  # of the latents' norms; the reference has this whatever the model's own is
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The rows of the queries' latent and of an entry of the cache in their one product."""
+        return self.q_rank or 0, self.kv_rank + self.rope.dim
 
 
 @dataclass(frozen=True)

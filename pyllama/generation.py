@@ -152,7 +152,10 @@ def _token_ids(model: Model, prompt: Any, name: str) -> list[int]:
 
 def _encoded(tokenizer: Tokenizer | None, prompt: Any, name: str) -> list[int]:
     if tokenizer is None:
-        raise ValueError(f"{name} is text, but the checkpoint has no tokenizer.json; give a list of token ids")
+        raise ValueError(
+            f"{name} is text, but the checkpoint has no tokenizer.json; give a list of token ids, or put the "
+            "tokenizer.json of the same model in Hugging Face's layout beside the weights (tokenizer.model is not read)"
+        )
     if prompt == "":
         raise ValueError(f"{name} is empty; to begin from nothing give a list with the id of a first token")
     if not isinstance(prompt, str):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from torch.overrides import TorchFunctionMode
 
 from pyllama import _C
-from pyllama.architectures import read_config
+from pyllama.architectures import hugging_face_config, read_config
 from pyllama.architectures.reader import ConfigError, read_json
 from pyllama.cache import free_memory
 from pyllama.checkpoint import Checkpoint
@@ -43,7 +44,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     ignore_config_keys: Iterable[str] = (),
 ) -> Model:
-    """Loads a checkpoint in Hugging Face's layout: config.json, weights, tokenizer.json.
+    """Loads a checkpoint in Hugging Face's layout (config.json, weights, tokenizer.json) or Meta's (params.json).
 
     Weights are *.safetensors, or else files of torch.save (*.bin, *.pth, *.pt) that hold nothing but tensors.
 
@@ -59,26 +60,61 @@ def load(
     are ValueErrors), MemoryError when the weights do not fit.
     """
     target = _device(device)
-    chosen = _dtype(dtype)
+    chosen = parse_dtype(dtype)
     _check_kernels_take(chosen, target)
-    folder = _local_folder(source)
-    remote = folder is None
-    if folder is None:
-        folder = _download(str(source), CONFIG_FILES)
-    config, table = _read_config(folder, ignore_config_keys)
-    if remote:  # only now: what cannot be read is not worth the download
-        folder = _download_weights(str(source), folder)
+    folder = find_folder(source, ignore_config_keys)
+    _, config, table = read_folder(folder, ignore_config_keys)
     model = _load_weights(folder, config, table, target, chosen)
     model.tokenizer = Tokenizer.from_folder(folder)
     model.eos_token_ids = _eos_token_ids(folder, model.tokenizer)
     return model.eval()
 
 
+def find_folder(source: str | Path, ignore_config_keys: Iterable[str]) -> Path:
+    """The checkpoint's folder, downloaded where `source` is a Hub id; not if its config.json cannot be read."""
+    folder = _local_folder(source)
+    if folder is not None:
+        return folder
+    folder = _download(str(source), CONFIG_FILES)
+    if (folder / "config.json").is_file():
+        read_folder(folder, ignore_config_keys)
+    return _download_weights(str(source))
+
+
+def read_folder(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[dict[str, Any], ModelConfig, WeightTable]:
+    """The folder's configuration as a family's config.json would have it, the model, the table of its tensors."""
+    given, file = _config_values(folder)
+    try:
+        values, _ = hugging_face_config(given, ignore_config_keys, file)
+        return values, *read_config(given, ignore_config_keys, file)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+
+
+def _config_values(folder: Path) -> tuple[dict[str, Any], str]:
+    """What config.json says, or without one Meta's params.json; and which of them it was."""
+    values = read_json(folder / "config.json")
+    if values is not None:
+        return values, "config.json"
+    values = read_json(folder / "params.json")
+    if values is None:
+        raise FileNotFoundError(
+            f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout, and no params.json, "
+            "so it is not one in Meta's"
+        )
+    if values.get("vocab_size", -1) == -1:  # Llama 1 and 2 leave it to their tokenizer
+        with Checkpoint.open(folder) as checkpoint:
+            embedding = checkpoint.tensors.get("tok_embeddings.weight")
+        if embedding is not None:  # in pieces of dimensions; those of tokens came with Llama 3, which says the size
+            values["vocab_size"] = embedding.shape[0]
+    return values, "params.json"
+
+
 def _load_weights(
     folder: Path, config: ModelConfig, table: WeightTable, device: torch.device, dtype: torch.dtype | None
 ) -> Model:
     with Checkpoint.open(folder) as checkpoint:
-        model = _empty_model(config, len(checkpoint.tensors))
+        model = empty_model(config, len(checkpoint.tensors))
         parameters = dict(model.named_parameters())
         parts = plan(table, {n: p.shape for n, p in parameters.items()}, checkpoint.tensors)
         count = sum(parameter.numel() for parameter in parameters.values())
@@ -89,17 +125,24 @@ def _load_weights(
         # What no gradient trains decides who is chosen (correction biases), and stays float32.
         dtypes = {n: dtype if p.requires_grad else max(dtype, torch.float32, key=_size) for n, p in parameters.items()}
         weights = {n: torch.empty(p.shape, dtype=dtypes[n], device=device) for n, p in parameters.items()}
-        console = Console(stderr=True)
-        columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            total = sum(checkpoint.tensors[part.tensor].bytes for found in parts.values() for part in found)
-            task = progress.add_task("loading", total=total)
-            copy_weights(parts, weights, checkpoint, lambda n: progress.advance(task, n))
+        total = sum(checkpoint.tensors[part.tensor].bytes for found in parts.values() for part in found)
+        with progress_bar("loading", total) as advance:
+            copy_weights(parts, weights, checkpoint, advance)
     model.load_state_dict(weights, assign=True)
     return model
 
 
-def _empty_model(config: ModelConfig, tensors: int) -> Model:
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal, if there is one; the function given takes the bytes that are done since last time."""
+    console = Console(stderr=True)
+    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def empty_model(config: ModelConfig, tensors: int) -> Model:
     """The model without memory. A mistaken size must not take minutes, so it is held against the files first."""
     experts = sum(layer.ffn.num_experts for layer in config.layers if isinstance(layer.ffn, MoEConfig))
     if len(config.layers) + experts > tensors:  # each is one tensor at least
@@ -123,16 +166,6 @@ class _NoRandomWeights(TorchFunctionMode):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return None
         return function(*args, **(kwargs or {}))
-
-
-def _read_config(folder: Path, ignore_config_keys: Iterable[str]) -> tuple[ModelConfig, WeightTable]:
-    values = read_json(folder / "config.json")
-    if values is None:
-        raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint in Hugging Face's layout")
-    try:
-        return read_config(values, ignore_config_keys)
-    except ConfigError as error:
-        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _eos_token_ids(folder: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
@@ -187,7 +220,7 @@ def _download(repo: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def _download_weights(repo: str, folder: Path) -> Path:
+def _download_weights(repo: str) -> Path:
     for pattern in WEIGHT_FILES:
         folder = _download(repo, [*CONFIG_FILES, pattern])
         if any(folder.glob(pattern)):
@@ -226,7 +259,7 @@ def _check_kernels_take(dtype: torch.dtype | None, device: torch.device) -> None
         )
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if (dtype is not None and chosen is None) or chosen not in (None, *DTYPES.values()):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -41,7 +41,6 @@ TOKENIZER_CONFIGS = sorted(path.parent.name for path in FOLDER.glob("*/tokenizer
 REFUSED = {
     "ALLaM-7B-Instruct-preview": "internal_version",
     "ELYZA-japanese-Llama-2-13b-instruct": "use_cash",
-    "MiniMind-LMConfig": "model_type",
     "Mistral-7B-Instruct-v0.2-GPTQ": "quantization_config",
     "Pygmalion-7b-Merged-Safetensors": "badwordsids",
 }

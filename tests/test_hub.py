@@ -14,6 +14,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 from tiny import byte_level_tokenizer, write_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -113,6 +114,24 @@ def test_a_hub_id_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
     offline = load("owner/model", tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     assert offline.stdout == "400 False\n", offline.stderr
     assert len(hub.downloads) == len(wanted)
+
+
+def test_a_repository_in_metas_layout(hub: Hub, tmp_path: Path) -> None:
+    """Its vocabulary has the size that its weights say, so they come before its configuration is read."""
+    for file in ("config.json", "model.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
+        (hub.folder / file).unlink()
+    params = {"dim": 64, "n_layers": 1, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
+    (hub.folder / "params.json").write_text(json.dumps(params))
+    names = [f"layers.0.attention.{part}.weight" for part in ("wq", "wk", "wv", "wo")]
+    tensors = {name: torch.zeros(64, 64) for name in names}
+    tensors |= {f"layers.0.feed_forward.{part}.weight": torch.zeros(192, 64) for part in ("w1", "w3")}
+    tensors["layers.0.feed_forward.w2.weight"] = torch.zeros(64, 192)
+    tensors |= {f"{name}.weight": torch.ones(64) for name in ("norm", "layers.0.attention_norm", "layers.0.ffn_norm")}
+    tensors |= {name: torch.zeros(400, 64) for name in ("tok_embeddings.weight", "output.weight")}
+    torch.save(tensors, hub.folder / "consolidated.00.pth")
+    result = load("owner/model", tmp_path / "cache", hub.address)
+    assert result.stdout == "400 False\n", result.stderr
+    assert hub.downloads[-1] == "consolidated.00.pth"
 
 
 def test_weights_of_a_model_that_is_not_known_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ ORDER = [
     {"torch_file"},
     {"checkpoint"},
     {"weights"},
-    {"architectures"},
+    {"architectures", "save"},
     {"template"},
     {"tokenizer"},
     {"loader"},
+    {"convert"},
     {"sampling"},
     {"text"},
     {"step"},
@@ -44,6 +45,7 @@ ONLY = {
     "checkpoint": {"files", "torch_file"},
     "weights": {"files", "checkpoint"},
     "architectures": {"config", "files", "weights"},
+    "save": {"config", "checkpoint", "weights"},
     "template": set(),
     "tokenizer": {"files", "architectures", "template"},  # of the second its reader of JSON files
 }

@@ -24,16 +24,18 @@ FAMILIES: dict[str, Family] = {
 DIALECTS: list[Dialect] = [module.DIALECT for module in _modules if hasattr(module, "DIALECT")]
 
 
-def read_config(values: dict[str, Any], ignore_config_keys: Iterable[str] = ()) -> tuple[ModelConfig, WeightTable]:
-    """What a config.json describes: its model, and the table by which its weights are read.
+def read_config(
+    values: dict[str, Any], ignore_config_keys: Iterable[str] = (), file: str = "config.json"
+) -> tuple[ModelConfig, WeightTable]:
+    """What a configuration describes: its model, and the table by which its weights are read.
 
     values: config.json's content. ignore_config_keys: keys that count as absent; of an object within it by
-    their path, as in "rope_scaling.factor".
+    their path, as in "rope_scaling.factor". file: the name that errors give the configuration.
     Raises ConfigError for an unknown architecture, and for keys that are unknown, unsupported or malformed.
     """
-    values, dialect = hugging_face_config(values, ignore_config_keys)
-    family = _family(values)
-    reader = Reader(values, ignore_config_keys)
+    values, dialect = hugging_face_config(values, ignore_config_keys, file)
+    family = find_family(values, file)
+    reader = Reader(values, file)
     refuse_own_code(reader)
     config = family.read(reader)
     scales = read_quantization(reader)
@@ -43,26 +45,37 @@ def read_config(values: dict[str, Any], ignore_config_keys: Iterable[str] = ()) 
 
 
 def hugging_face_config(
-    values: dict[str, Any], ignore_config_keys: Iterable[str] = ()
+    values: dict[str, Any], ignore_config_keys: Iterable[str] = (), file: str = "config.json"
 ) -> tuple[dict[str, Any], Dialect | None]:
-    """The config.json of a family for one in its publisher's own keys, and its dialect; any other as it is."""
+    """The config.json of a family for one in its publisher's own keys, and its dialect; any other as it is, without
+    the ignored keys."""
     if isinstance(ignore_config_keys, str):
         raise TypeError(f"ignore_config_keys must be a collection of keys, as in [{ignore_config_keys!r}]")
-    if values.get("architectures"):
+    values = _without(values, frozenset(ignore_config_keys))
+    names = values.get("architectures") or []
+    matching = [d for d in DIALECTS if d.keys <= values.keys() and names in ([], [d.architecture])]
+    if not matching:
         return values, None
-    dialect = next((dialect for dialect in DIALECTS if dialect.keys <= values.keys()), None)
-    if dialect is None:
-        return values, None
-    reader = Reader(values, ignore_config_keys)
+    dialect = max(matching, key=lambda dialect: len(dialect.keys))
+    reader = Reader(values, file)
     translated = dialect.translate(reader)
     reader.finish()
     return translated, dialect
 
 
-def _family(values: dict[str, Any]) -> Family:
+def _without(values: dict[str, Any], ignored: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, ignored, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in values.items()
+        if prefix + key not in ignored
+    }
+
+
+def find_family(values: dict[str, Any], file: str = "config.json") -> Family:
+    """The family that config.json's "architectures" names; ConfigError where it is none of these."""
     names = values.get("architectures")
     family = FAMILIES.get(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise ConfigError(f"config.json: architectures = {names!r} is not known; known: {known}")
+        raise ConfigError(f"{file}: architectures = {names!r} is not known; known: {known}")
     return family

@@ -37,12 +37,14 @@ class Family:
 class Dialect:
     """A publisher's own format of a family: other keys of the configuration, other names of the tensors.
 
-    A module of this folder defines it as `DIALECT`.
+    A module of this folder defines it as `DIALECT`. Of several that a configuration fits, the one with the most
+    keys is its own.
     """
 
     keys: frozenset[str]  # a configuration without "architectures" that has all of these is of this dialect
     translate: Callable[[Reader], dict[str, Any]]  # the same as a config.json of the family
     weights: Callable[[ModelConfig], WeightTable]
+    architecture: str | None = None  # what "architectures" says where there is one
 
 
 def read_positions(reader: Reader, default: int) -> int:

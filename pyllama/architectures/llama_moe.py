@@ -1,7 +1,7 @@
 """Llama's attention with a mixture of experts and an ungated shared expert: the embedded demo's family.
 
-The feed-forward is a shared SwiGLU expert, which every token passes through, plus the weighted sum of the
-`num_experts_per_tok` experts that a softmax router prefers.
+The feed-forward is a shared SwiGLU expert, which every token passes through (none where its size is null), plus the
+weighted sum of the `num_experts_per_tok` experts that a softmax router prefers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ def read(reader: Reader) -> ModelConfig:
     positions = read_positions(reader, 2048)
     attention = read_attention(reader, positions=positions, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
     experts, top_k = read_experts(reader, "num_local_experts")
+    shared = reader.integer("shared_expert_intermediate_size", null=None)
     ffn = MoEConfig(
         num_experts=experts,
         top_k=top_k,
         size=reader.integer("moe_intermediate_size"),
         renormalize=reader.boolean("norm_topk_prob", default=True),
-        shared=MLPConfig(reader.integer("shared_expert_intermediate_size")),
+        shared=None if shared is None else MLPConfig(shared),
         aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001, zero=True),
     )
     layers = reader.layers()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,14 +81,14 @@ def read_json(file: Path) -> dict[str, Any] | None:
 class Reader:
     """A JSON object whose keys are read one by one, by name and type; `finish` refuses the others.
 
-    Keys in `ignore` count as absent. `default` is the value of an absent key, `null` that of a key given as
-    null; without them the key must be there, and must not be null.
+    `default` is the value of an absent key, `null` that of a key given as null; without them the key must be
+    there, and must not be null.
     """
 
-    def __init__(self, values: dict[str, Any], ignore: Iterable[str] = (), prefix: str = "") -> None:
-        self._ignore = frozenset(ignore)
+    def __init__(self, values: dict[str, Any], file: str = "config.json", prefix: str = "") -> None:
+        self._values = values
+        self._file = file  # that errors name
         self._prefix = prefix  # of an object within the configuration: "rope_scaling."
-        self._values = {key: value for key, value in values.items() if prefix + key not in self._ignore}
         self._seen: set[str] = set()
         self._readers: dict[str, Reader] = {}
 
@@ -163,7 +162,7 @@ class Reader:
         if not isinstance(value, dict):
             raise self._malformed(key, "must be an object")
         if key not in self._readers:
-            self._readers[key] = Reader(value, self._ignore, f"{self._prefix}{key}.")
+            self._readers[key] = Reader(value, self._file, f"{self._prefix}{key}.")
         return self._readers[key]
 
     def only(self, key: str, *harmless: Any, default: Any = None) -> Any:
@@ -187,7 +186,7 @@ class Reader:
         if unknown := sorted(self._values.keys() - self._seen - irrelevant):
             pairs = ", ".join(f"{self._prefix}{key} = {_short(self._values[key])}" for key in unknown)
             raise ConfigError(
-                f"config.json has keys that are not known and may change what the model computes: {pairs}. "
+                f"{self._file} has keys that are not known and may change what the model computes: {pairs}. "
                 f"If they do not, load with ignore_config_keys={[self._prefix + key for key in unknown]}"
             )
 
@@ -195,19 +194,19 @@ class Reader:
         """The exception for a key whose value is understood but not supported."""
         name = self._prefix + key
         return ConfigError(
-            f"config.json: {name} = {_short(self._values.get(key))}: {reason}. "
+            f"{self._file}: {name} = {_short(self._values.get(key))}: {reason}. "
             f"If the model computes the same without it, load with ignore_config_keys={[name]}"
         )
 
     def _malformed(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"config.json: {self._prefix}{key} {problem}, got {_short(self._values[key])}")
+        return ConfigError(f"{self._file}: {self._prefix}{key} {problem}, got {_short(self._values[key])}")
 
     def _value(self, key: str, default: Any, null: Any) -> tuple[Any, bool]:
         """(value, whether config.json gives one)."""
         self._seen.add(key)
         if key not in self._values:
             if default is REQUIRED:
-                raise ConfigError(f"config.json lacks {self._prefix}{key}")
+                raise ConfigError(f"{self._file} lacks {self._prefix}{key}")
             return default, False
         value = self._values[key]
         if value is None:
