@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -126,8 +126,13 @@ def _write(file: Path, pieces: Sequence[Piece], progress: Callable[[int], None])
     with file.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for piece in pieces:
-            for name, tensor in piece.make().items():
-                assert (tensor.shape, tensor.dtype) == (piece.tensors[name].shape, piece.tensors[name].dtype)
-                out.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-                progress(tensor.nbytes)
+            _write_piece(out, piece, progress)
         os.fsync(out.fileno())
+
+
+def _write_piece(out: BinaryIO, piece: Piece, progress: Callable[[int], None]) -> None:
+    """By itself, so that nothing of a piece is left when the next is made."""
+    for name, tensor in piece.make().items():
+        assert (tensor.shape, tensor.dtype) == (piece.tensors[name].shape, piece.tensors[name].dtype)
+        out.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        progress(tensor.nbytes)
