@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from decoder import Decoder
-from families import draw, write, write_llama_moe
+from deepseek_decoder import DeepseekDecoder
+from families import OPTIONS, draw, write, write_llama_moe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_deepseek import FAMILIES as DEEPSEEK
+from test_deepseek import draw as draw_deepseek
 from test_meta import PARAMS, TWIN, meta_tensors, tokens, write_meta
 from test_minimind import write_research
 from tiny import byte_level_tokenizer, write_checkpoint, write_tokenizer
@@ -62,9 +65,8 @@ def write_own(folder: Path, shards: int = 1) -> None:
 
 
 SOURCES: dict[str, Callable[[Path], Any]] = {
-    "llama": lambda folder: write(folder, draw("llama", 0)),  # biases, heads larger than their share
-    "mistral": lambda folder: write(folder, draw("mistral", 1)),
-    "mixtral": lambda folder: write(folder, draw("mixtral", 1), shard_size="60KB"),
+    **{family: lambda folder, family=family: write(folder, draw(family, 1), shard_size="60KB") for family in OPTIONS},
+    **{family: lambda folder, family=family: write(folder, draw_deepseek(family, 1)) for family in DEEPSEEK},
     "llama_moe": write_llama_moe,
     "llama_moe without shared": lambda folder: write_research(folder, n_shared_experts=None),
     "llama.bin": lambda folder: write_bin(folder, "llama"),
@@ -91,7 +93,7 @@ def test_the_result_is_the_same_model(kind: str, tmp_path: Path) -> None:
     logits = found(token_ids[None])[0]
     assert torch.equal(logits, expected(token_ids[None])[0])
 
-    exact = Decoder(folder)(token_ids)
+    exact = (DeepseekDecoder if kind in DEEPSEEK else Decoder)(folder)(token_ids)
     assert (logits.double() - exact).abs().max() < 2e-5 * exact.std()
     if kind not in TRANSFORMERS_HAS_NOT:
         reference, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -241,6 +243,20 @@ def test_leftovers_are_not_written(tmp_path: Path) -> None:
     save_file(given | more, source / "model.safetensors")
     convert(source, tmp_path / "result")
     assert tensors(tmp_path / "result").keys() == given.keys()
+
+
+def test_layers_of_multi_token_prediction_are_not_written(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write(source, draw("glm4_moe", 1) | {"num_hidden_layers": 2})
+    given = load_file(source / "model.safetensors")
+    extra = {name.replace(".1.", ".2.", 1): tensor.clone() for name, tensor in given.items() if ".layers.1." in name}
+    save_file(given | extra | {"model.layers.2.eh_proj.weight": torch.ones(1)}, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    convert(source, tmp_path / "result")
+    assert same(tensors(tmp_path / "result"), given)
+    assert json.loads((tmp_path / "result" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert pyllama.load(tmp_path / "result", device="cpu").config.extra_layers == 0
 
 
 def test_the_demo(tmp_path: Path) -> None:
