@@ -29,6 +29,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # this file is started as a script, before it is known what is installed
 TARGET = ROOT / "build" / "gpu-check"  # where the wheel is unpacked
 STAGES = ("test", "bench", "sanitize", "model")
+# Of the sizes of real ones, cut down to what 80 GB hold three times (model_check.py).
+MODELS = {
+    "Llama-3.2-1B-Instruct": (),
+    "Qwen3-30B-A3B": ("--layers", "4"),
+    "DeepSeek-R1": ("--first", "2", "--layers", "2", "--experts", "64"),
+}
 STAGE_SECONDS = 520
 START_SECONDS = 40  # for what pytest needs before its first test and after its last, under a sanitizer
 SEEDS = (1, 2)  # of the ops' random inputs, beside 0
@@ -160,7 +166,9 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
         cli = [python, "-c", "from pyllama.cli import app; app()"]
         yield Step("generate", [*cli, "generate", "demo", "If the file", "--json"], by_text)
         rows = "model_check.jsonl"
-        yield Step("real-size", [python, "-m", "benchmarks.model_check", "--json", out / rows], by_status, rows)
+        for name, options in MODELS.items():
+            command = [python, "-m", "benchmarks.model_check", "--config", TESTS / "configs" / name, *options]
+            yield Step(name, [*command, "--json", out / rows], by_status, rows)
 
 
 def build(out: Path) -> str:

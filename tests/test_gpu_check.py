@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
 
 from benchmarks import gpu_check  # noqa: E402
-from benchmarks.model_check import compare, random_model  # noqa: E402
+from benchmarks.model_check import compare, cut_down, random_model  # noqa: E402
 from pyllama.architectures import read_config  # noqa: E402
-from pyllama.config import ModelConfig  # noqa: E402
+from pyllama.config import MLPConfig, ModelConfig, MoEConfig  # noqa: E402
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -156,6 +156,15 @@ def test_the_model_check_notices_a_wrong_kernel(tiny: ModelConfig) -> None:
         library._destroy()
     assert not row["passed"]
     assert row["ops_with_kernel"] == 1
+
+
+def test_models_are_cut_down() -> None:
+    config = read_config(json.loads((ROOT / "tests" / "configs" / "DeepSeek-R1" / "config.json").read_text()))[0]
+    cut = cut_down(config, 2, 2, 64)
+    assert [type(layer.ffn) for layer in cut.layers] == [MLPConfig, MoEConfig]
+    assert cut.layers[1].ffn.num_experts == 64
+    assert cut.layers[1].attention == config.layers[3].attention
+    assert cut_down(config, 0, None, None) == config
 
 
 def test_random_models_are_the_same_each_time(tiny: ModelConfig) -> None:
