@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -193,31 +194,44 @@ def check_tied(table: WeightTable, parts: Mapping[str, list[Part]], checkpoint: 
                 )
 
 
-@torch.no_grad()
 def copy_weights(
     parts: Mapping[str, list[Part]],
     parameters: Mapping[str, Tensor],
     checkpoint: Checkpoint,
     progress: Callable[[int], None],
 ) -> None:
-    """Copies every tensor to its place, in the parameter's data type; `progress` is told the bytes read."""
-    for name, found in parts.items():
-        for part in found:
-            whole = parameters[name] if part.expert is None else parameters[name][part.expert]
-            place = whole[part.start : part.start + part.rows]
-            info = checkpoint.tensors[part.tensor]
-            if part.join is None:
-                _check_copies(part.tensor, checkpoint)
-            for piece, target in enumerate([place] if part.join is None else place.chunk(len(info.files), part.join)):
-                tensor = checkpoint.read(part.tensor, piece)
-                if part.blocks:
-                    scales = checkpoint.read(part.blocks.of(part.tensor), piece)
-                    tensor = _multiply_out(tensor, scales, part.blocks, target)
-                if K := part.head_size:  # pairs (2i, 2i + 1) of a head's rows become (i, i + K/2)
-                    target = target.unflatten(0, (-1, 2, K // 2))
-                    tensor = tensor.unflatten(0, (-1, K // 2, 2)).transpose(1, 2)
-                target.copy_(tensor)
-            progress(info.bytes)
+    """Copies every tensor to its place, in the parameter's data type; `progress` is told the bytes read.
+
+    Several tensors at once: a copy that torch divides among threads waits for the slowest of them, while others go on.
+    """
+
+    @torch.no_grad()  # which holds for one thread
+    def copy(parameter: Tensor, part: Part) -> int:
+        place = parameter if part.expert is None else parameter[part.expert]
+        _copy_part(part, place[part.start : part.start + part.rows], checkpoint)
+        return checkpoint.tensors[part.tensor].bytes
+
+    tasks = [(parameters[name], part) for name, found in parts.items() for part in found]
+    on_cpu = all(parameter.device.type == "cpu" for parameter, _ in tasks)
+    with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
+        for size in pool.map(lambda task: copy(*task), tasks):
+            progress(size)
+
+
+def _copy_part(part: Part, place: Tensor, checkpoint: Checkpoint) -> None:
+    if part.join is None:
+        _check_copies(part.tensor, checkpoint)
+        targets = [place]
+    else:
+        targets = list(place.chunk(len(checkpoint.tensors[part.tensor].files), part.join))
+    for piece, target in enumerate(targets):
+        tensor = checkpoint.read(part.tensor, piece)
+        if part.blocks:
+            tensor = _multiply_out(tensor, checkpoint.read(part.blocks.of(part.tensor), piece), part.blocks, target)
+        if K := part.head_size:  # pairs (2i, 2i + 1) of a head's rows become (i, i + K/2)
+            target = target.unflatten(0, (-1, 2, K // 2))
+            tensor = tensor.unflatten(0, (-1, K // 2, 2)).transpose(1, 2)
+        target.copy_(tensor)
 
 
 def _check_copies(name: str, checkpoint: Checkpoint) -> None:

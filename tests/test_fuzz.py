@@ -102,13 +102,13 @@ def check_safetensors(data: bytes) -> None:
             )
 
 
-@many(300, 30_000)
+@many(300, 10_000)
 def test_damaged_safetensors(examples: int, tmp_path: Path) -> None:
     write(tmp_path, TENSORS)
     fuzz(examples, damages((tmp_path / SAFETENSORS).read_bytes()), check_safetensors)
 
 
-@many(300, 30_000)
+@many(300, 10_000)
 def test_safetensors_with_other_headers(examples: int) -> None:
     """Valid JSON that says anything of types, shapes and places."""
     types = st.sampled_from(["F64", "F32", "BF16", "U8", "F8_E4M3", "F4", "X", ""]) | JSON
@@ -139,7 +139,7 @@ def check_torch(folder: Path) -> None:
         assert all(same(found[name], tensor) for name, tensor in expected.items())
 
 
-@many(300, 30_000)
+@many(300, 10_000)
 def test_damaged_archives(examples: int, tmp_path: Path) -> None:
     write(tmp_path, TENSORS, whole=TORCH)
 
@@ -150,7 +150,7 @@ def test_damaged_archives(examples: int, tmp_path: Path) -> None:
     fuzz(examples, damages((tmp_path / TORCH).read_bytes()), check)
 
 
-@many(300, 30_000)
+@many(300, 10_000)
 def test_damaged_pickles(examples: int, tmp_path: Path) -> None:
     """In archives that are as they should be."""
     pickled = Pickle().text("a").tensor().put(b"s").text("b").tensor((2, 2), (2, 1)).put(b"s.").data
@@ -165,7 +165,7 @@ def test_damaged_pickles(examples: int, tmp_path: Path) -> None:
     fuzz(examples, damages(pickled), check)
 
 
-@many(300, 30_000)
+@many(300, 10_000)
 def test_programs(examples: int, tmp_path: Path) -> None:
     """Instructions of pickles in any order, those that state dicts have more often."""
     instructions = [
@@ -201,7 +201,7 @@ def test_programs(examples: int, tmp_path: Path) -> None:
     fuzz(examples, st.tuples(st.sampled_from([b"", b"}"]), program, st.sampled_from([b"", item])), check)
 
 
-@many(200, 20_000)
+@many(200, 10_000)
 def test_indices(examples: int, tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.ones(2)}, {"b": torch.ones(3)})
     files = (
@@ -221,7 +221,7 @@ def test_indices(examples: int, tmp_path: Path) -> None:
     fuzz(examples, text, check)
 
 
-@many(1000, 100_000)
+@many(1000, 30_000)
 def test_configurations(examples: int) -> None:
     """Those of real checkpoints, with keys changed, taken out and put in."""
     configs = [json.loads(path.read_text()) for path in CONFIGS]
@@ -241,7 +241,7 @@ def test_configurations(examples: int) -> None:
     )
 
 
-@many(300, 30_000)
+@many(300, 10_000)
 def test_nested_configurations(examples: int) -> None:
     """Objects within them: RoPE's scalings and quantization."""
     configs = [json.loads(path.read_text()) for path in CONFIGS]
@@ -257,7 +257,7 @@ def test_nested_configurations(examples: int) -> None:
     fuzz(examples, st.tuples(st.sampled_from(range(len(nested))), st.integers(0, 9), JSON), check)
 
 
-@many(200, 20_000)
+@many(200, 10_000)
 def test_files_of_json(examples: int, tmp_path: Path) -> None:
     def check(data: bytes) -> None:
         (tmp_path / "config.json").write_bytes(data)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import byte_level_tokenizer, write_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -132,6 +133,17 @@ def test_a_repository_in_metas_layout(hub: Hub, tmp_path: Path) -> None:
     result = load("owner/model", tmp_path / "cache", hub.address)
     assert result.stdout == "400 False\n", result.stderr
     assert hub.downloads[-1] == "consolidated.00.pth"
+
+
+def test_files_of_torch_save_are_downloaded_where_there_is_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "consolidated.safetensors").unlink()
+    torch.save(load_file(hub.folder / "model.safetensors"), hub.folder / "pytorch_model.bin")
+    (hub.folder / "model.safetensors").unlink()
+    (hub.folder / "training_args.bin").write_bytes(b"not asked for")
+    result = load("owner/model", tmp_path / "cache", hub.address)
+    assert result.stdout == "400 False\n", result.stderr
+    assert hub.downloads[-1] == "pytorch_model.bin"
+    assert "training_args.bin" not in hub.downloads
 
 
 def test_weights_of_a_model_that_is_not_known_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:

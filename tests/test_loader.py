@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pty
-import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,8 @@ from tiny import SPECIAL, byte_level_tokenizer, write_checkpoint, write_tokenize
 import pyllama
 from pyllama import _C
 from pyllama.architectures.reader import ConfigError
-from pyllama.cache import free_memory
 from pyllama.files import CheckpointError
-from pyllama.loader import _check_kernels_take, _device, _fitting_dtype
+from pyllama.loader import _check_kernels_take, _device
 from pyllama.ops.registry import OPS, implementation
 
 
@@ -242,6 +239,15 @@ def test_a_file_of_another_format_than_its_name_says(folder: Path) -> None:
         pyllama.load(folder)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pth"])
+def test_files_of_torch_save_give_the_same_model(name: str, folder: Path) -> None:
+    expected = pyllama.load(folder, device="cpu").state_dict()
+    torch.save(load_file(folder / "model.safetensors"), folder / name)
+    (folder / "model.safetensors").unlink()
+    found = pyllama.load(folder, device="cpu").state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_a_configuration_is_an_object(name: str, folder: Path) -> None:
     (folder / name).write_text("[1]")
@@ -299,90 +305,6 @@ def test_the_vocabularies_of_tokenizer_and_model_may_differ(folder: Path) -> Non
     model = pyllama.load(folder)
     assert model.config.vocab_size == size + 24
     assert pyllama.generate(model, [size + 23], 3).prompt_tokens == 1
-
-
-def sparse_checkpoint(folder: Path, size: int, dtype: str = "F32", D: int = 1024) -> tuple[int, int]:
-    """A Llama of `size` bytes, all zeros and so no blocks on the disk; how many numbers it and a stack have."""
-    F, width = 4 * D, {"F32": 4, "BF16": 2}[dtype]
-    layer = {"input_layernorm": [D], "post_attention_layernorm": [D]}
-    layer |= {f"self_attn.{part}_proj": [D, D] for part in "qkvo"}
-    layer |= {"mlp.gate_proj": [F, D], "mlp.up_proj": [F, D], "mlp.down_proj": [D, F]}
-    per_layer = sum(torch.Size(shape).numel() for shape in layer.values())
-    layers = size // (per_layer * width)
-    shapes = {"model.embed_tokens.weight": [64, D], "model.norm.weight": [D], "lm_head.weight": [64, D]}
-    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in layer.items()}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * width
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": D, "intermediate_size": F}
-    config |= {"num_hidden_layers": layers, "num_attention_heads": 8}
-    (folder / "config.json").write_text(json.dumps(config))
-    return end // width, 2 * F * D
-
-
-@pytest.mark.parametrize(("times", "what"), [(0.5, "parameters in torch.float64 need"), (4, "need|cannot be mapped")])
-def test_weights_that_do_not_fit_the_memory_are_refused(times: float, what: str, tmp_path: Path) -> None:
-    """Files of `times` the free memory, to be four times as large when loaded: refused before anything is read."""
-    size = int(times * free_memory(torch.device("cpu")))
-    sparse_checkpoint(tmp_path, size, "BF16", D=8192)
-    with pytest.raises(MemoryError, match=what):
-        pyllama.load(tmp_path, device="cpu", dtype="float64")
-
-
-def test_the_checkpoints_type_is_taken_when_only_that_fits() -> None:
-    """On a CPU, and said; what was asked for is never replaced."""
-    cpu = torch.device("cpu")
-    parameters = int(0.35 * free_memory(cpu))
-    with pytest.warns(UserWarning, match=r"weights in torch.float32 need .*: loading them as torch.bfloat16, slower"):
-        assert _fitting_dtype(None, torch.bfloat16, parameters, cpu) == torch.bfloat16
-    with pytest.raises(MemoryError):
-        _fitting_dtype(torch.float32, torch.bfloat16, parameters, cpu)
-    with pytest.raises(MemoryError):
-        _fitting_dtype(None, torch.float32, parameters, cpu)
-    assert _fitting_dtype(None, torch.bfloat16, 1000, cpu) == torch.float32
-
-
-def anonymous_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next((line for line in status.splitlines() if line.startswith("RssAnon")), "RssAnon: 0")
-    return int(line.split()[1]) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize(
-    ("size", "stored", "wanted"),
-    [(10**9, "F32", "float32"), (5 * 10**8, "BF16", "float32"), (10**9, "F32", "bfloat16")],
-)
-def test_weights_are_held_once(size: int, stored: str, wanted: str, tmp_path: Path) -> None:
-    """Loading 1 GB takes the memory of the model and at most one stacked tensor, as another process sees it."""
-    numbers, stack = sparse_checkpoint(tmp_path, size, stored)
-    script = f"""
-import pyllama, sys
-print("ready", flush=True)
-sys.stdin.readline()
-model = pyllama.load({str(tmp_path)!r}, device="cpu", dtype={wanted!r})
-"""
-    arguments = [sys.executable, "-c", script]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        before = peak = anonymous_bytes(process.pid)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
-            time.sleep(0.002)
-    assert process.returncode == 0
-    width = getattr(torch, wanted).itemsize
-    assert numbers * width > 400 * 10**6
-    assert 0.95 * numbers * width < peak - before < (numbers + stack) * width + 16 * 2**20
 
 
 def test_progress_is_shown_on_a_terminal_only(folder: Path) -> None:
