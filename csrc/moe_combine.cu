@@ -57,8 +57,8 @@ Tensor moe_combine(const Tensor& x, const Tensor& positions, const Tensor& weigh
     arguments.tensor("positions", positions, ScalarType::Int, {"T", "N"});
     arguments.tensor("weights", weights, ScalarType::Float, {"T", "N"});
     const int64_t T = arguments["T"], N = arguments["N"], D = arguments["D"];
-    if (D % 8 != 0 || D > INT_MAX)
-        arguments.fail("D, the hidden size, is ", D, ", but must be a multiple of 8 below 2^31");
+    if (D % 8 != 0 || D >= 1 << 26)
+        arguments.fail("D, the hidden size, is ", D, ", but must be a multiple of 8 below 2^26");
     if (T > INT_MAX) arguments.fail("T, the number of tokens, is ", T, ", but must be below 2^31");
 
     Tensor y = torch::stable::new_empty(x, {T, D});

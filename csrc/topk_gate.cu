@@ -103,10 +103,11 @@ struct Router {
     // The score of an expert, in whichever lane asks; all lanes call it with the same expert.
     __device__ float score_of(int chosen) const {
         float mine = 0;
+        bool here = false;
 #pragma unroll
         for (int i = 0; i < kept; ++i)
-            if (exists(i) && expert(i) == chosen) mine = score[i];
-        return __shfl_sync(~0u, mine, chosen / p.group * p.lanes + chosen % p.group % p.lanes);
+            if (exists(i) && expert(i) == chosen) mine = score[i], here = true;
+        return __shfl_sync(~0u, mine, __ffs(__ballot_sync(~0u, here)) - 1);
     }
 
     __device__ void choose(float* weights_N, int* indices_N) {
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(32 * tokens) topk_gate_kernel(const Params<T> 
 template <class T>
 void run(const Params<T>& p, cudaStream_t stream) {
     const auto with = [&](auto kernel) {
-        launch(kernel, {dim3((p.count + tokens - 1) / tokens), dim3(32, tokens), 0, stream}, p);
+        launch(kernel, {dim3((p.count - 1) / tokens + 1), dim3(32, tokens), 0, stream}, p);
     };
     const int needed = (p.group + p.lanes - 1) / p.lanes;
     if (needed <= 1) return with(topk_gate_kernel<T, 1>);

@@ -92,12 +92,14 @@ void launch(void (*kernel)(Parameters...), const Launch& l, Arguments&&... argum
     static_assert(sizeof...(Parameters) == sizeof...(Arguments), "wrong number of kernel arguments");
 #ifdef __CUDACC__
     if (l.smem > 48 * 1024) {
-        const int most = max_shared_memory();
-        if (l.smem + 1024 > size_t(most))  // beside it at most so much of shared()
-            throw std::runtime_error("a kernel needs " + std::to_string(l.smem / 1024) +
-                                     " KB of shared memory, but a block has " + std::to_string(most / 1024) +
-                                     " KB on this GPU: run pyllama.eager()");
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.smem)));
+        const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.smem));
+        if (error == cudaErrorInvalidValue) {  // more than a block can have, with what it has of shared()
+            cudaGetLastError();
+            throw std::runtime_error(
+                "a kernel needs " + std::to_string(l.smem / 1024) + " KB of shared memory, but a block has " +
+                std::to_string(max_shared_memory() / 1024) + " KB on this GPU: run pyllama.eager()");
+        }
+        check_cuda(error);
     }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -15,7 +15,7 @@
 #include "common/reduce.h"
 #include "common/softmax.h"
 
-constexpr int max_groups = 1024;
+constexpr int max_groups = 512;  // their list and the largest tile fit into 99 KB
 
 template <class T>
 struct Grouped {

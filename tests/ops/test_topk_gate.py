@@ -135,6 +135,17 @@ def test_weights_of_vanishing_scores(device: str) -> None:
     assert weights.tolist() == [[0.0, 0.0]]
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_logits_that_are_no_numbers_still_choose_experts(scoring: str, device: str) -> None:
+    """The products after the router read experts' weights by these indices."""
+    logits = torch.full((3, 16), float("nan"), device=device)
+    logits[1], logits[2, 1:] = -torch.inf, 0.0
+    _, indices = topk_gate(logits, 6, None, scoring, num_groups=4, top_groups=2)
+    for chosen in indices.tolist():
+        assert len(set(chosen)) == 6
+        assert all(0 <= expert < 16 for expert in chosen)
+
+
 def agrees(router: torch.nn.Module, E: int, D: int, **options: Any) -> None:
     """`router` of transformers gives the same weights to the same experts."""
     router = router.double()
