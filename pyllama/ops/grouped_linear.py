@@ -12,9 +12,50 @@ def _rows_by_features(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor |
     return x.new_empty(x.shape[0] if rows is None else rows.shape[0], weight.shape[1])
 
 
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    grads: list[Tensor],
+    wanted: list[int],
+) -> list[Tensor]:
+    """Each gradient from its own products, without that of the forward, which none of them needs.
+
+    That of scale[m] is x[rows[m]] @ (grad[m] @ weight[e]), and the product in brackets is that of x's gradient.
+    """
+    grad_MF, x_MD = grads[0], x if rows is None else x.index_select(0, rows)
+    compute = compute_dtype(x)
+    lengths = segment_lengths("grouped_linear", "offsets", offsets, x_MD.shape[0])
+
+    def scaled(grad: Tensor) -> Tensor:
+        return grad if scale is None else cast(cast(grad, compute) * cast(scale, compute).unsqueeze(1), x.dtype)
+
+    def of_x() -> Tensor:
+        return scaled(back_MD) if rows is None else x.new_zeros(x.shape).index_add_(0, rows, scaled(back_MD))
+
+    def of_weight() -> Tensor:
+        grad_EFD = weight.new_empty(weight.shape)
+        for grad_FD, grad_mF, x_mD in zip(grad_EFD, scaled(grad_MF).split(lengths), x_MD.split(lengths), strict=True):
+            torch.mm(grad_mF.T, x_mD, out=grad_FD)  # zeros, where there are no rows
+        return grad_EFD
+
+    def of_scale() -> Tensor:
+        assert scale is not None
+        return cast((cast(back_MD, compute) * cast(x_MD, compute)).sum(1), scale.dtype)
+
+    if wanted != [1]:
+        back_MD = x.new_empty(x_MD.shape)
+        for weight_FD, grad_mF, back_mD in zip(weight, grad_MF.split(lengths), back_MD.split(lengths), strict=True):
+            torch.mm(grad_mF, weight_FD, out=back_mD)
+    return [{0: of_x, 1: of_weight, 4: of_scale}[i]() for i in wanted]
+
+
 @op(
     "(Tensor x, Tensor weight, Tensor offsets, Tensor? rows=None, Tensor? scale=None) -> Tensor",
     fake=_rows_by_features,
+    backward=_backward,
     x="tokens D",
     weight="E F D",
     offsets="int32: E+1",

@@ -7,7 +7,8 @@ defines `torch.ops.pyllama.rms_norm` and replaces the function by a call of it. 
 every device (`CompositeExplicitAutograd`) until a compiled kernel is registered for that device's dispatch key.
 
 Gradients come from a second op, `pyllama::rms_norm_backward`, whose body runs the eager body again under autograd,
-wherever the forward ran. It is an op of its own so that tracers see one node and never a body that reads values.
+wherever the forward ran, unless `op` is given a backward written by hand. It is an op of its own so that tracers see
+one node and never a body that reads values.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def op(
     schema: str,
     *,
     fake: Callable[..., Any] | None = None,
+    backward: Callable[..., list[Tensor]] | None = None,
     differentiable: bool = True,
     **shapes: str,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -59,8 +61,9 @@ def op(
 
     schema: arguments and results, as in torch.library.Library.define. shapes: the specification of each tensor
     argument (checks.py). fake: makes empty results, needed where the body reads tensors' values; otherwise the body
-    itself runs on fake tensors. Ops that write into arguments end in `_`, return nothing and have no gradient;
-    differentiable=False is for results that are indices.
+    itself runs on fake tensors. backward: (*arguments, grads, wanted) -> gradients, as _register_backward says, where
+    recomputation does more than is needed. Ops that write into arguments end in `_`, return nothing and have no
+    gradient; differentiable=False is for results that are indices.
     """
 
     def register(body: Callable[P, R]) -> Callable[P, R]:
@@ -84,7 +87,7 @@ def op(
             _refuse_gradients(overload, "it writes in place: use torch.no_grad() or torch.inference_mode()")
             _count_versions(overload)
         elif differentiable:
-            _register_backward(overload, body, schema)
+            _register_backward(overload, body, schema, backward)
 
         @functools.wraps(body)
         def function(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -168,10 +171,16 @@ def _count_versions(overload: torch._ops.OpOverload) -> None:
     _library.impl(overload._schema.name.split("::")[1], count, "ADInplaceOrView", with_keyset=True)
 
 
-def _register_backward(overload: torch._ops.OpOverload, body: Callable[..., Any], schema: str) -> None:
+def _register_backward(
+    overload: torch._ops.OpOverload,
+    body: Callable[..., Any],
+    schema: str,
+    by_hand: Callable[..., list[Tensor]] | None,
+) -> None:
     """Defines `<op>_backward(<the op's arguments>, Tensor[] grads, int[] wanted) -> Tensor[]` and ties it to the op.
 
-    grads: gradients of the floating-point results; wanted: which arguments' gradients to return.
+    grads: gradients of the floating-point results; wanted: which arguments' gradients to return, contiguous and in
+    memory of their own.
     """
     name = body.__name__ + "_backward"
     arguments = re.sub(r"=[^,)]*", "", schema[schema.index("(") + 1 : schema.rindex(") ->")])
@@ -194,7 +203,7 @@ def _register_backward(overload: torch._ops.OpOverload, body: Callable[..., Any]
     def empty(*args: Any) -> list[Tensor]:
         return [torch.empty_like(args[i], memory_format=torch.contiguous_format) for i in args[-1]]
 
-    _library.impl(name, _without_autocast(recompute), "CompositeExplicitAutograd")
+    _library.impl(name, _without_autocast(by_hand or recompute), "CompositeExplicitAutograd")
     torch.library.register_fake(backward_op, empty, lib=_library)
     _refuse_gradients(backward_op, f"{body.__name__} is differentiable once")
 

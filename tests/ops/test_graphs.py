@@ -1,4 +1,4 @@
-"""Every compiled kernel as torch sees it: `opcheck`, and a CUDA graph that is replayed on other inputs.
+"""Every compiled kernel as torch sees it: `opcheck`, gradients, and a CUDA graph that is replayed on other inputs.
 
 Emulated kernels go the same way, with a second call in place of the graph.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +18,7 @@ from emulated import EMULATOR
 from torch import Tensor
 
 from pyllama import _C
-from pyllama.ops.registry import OPS, implementation
+from pyllama.ops.registry import OPS, eager, implementation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -122,3 +123,51 @@ def test_opcheck(op: str, kernels: Implementation, dtype: torch.dtype) -> None:
             torch.library.opcheck(OPS[op].overload, args)
             checked += 1
     assert checked, "the kernel takes none of the examples: add one to the op's test file"
+
+
+def test_gradients_behind_kernels(op: str, kernels: Implementation, dtype: torch.dtype) -> None:
+    """The forward is the kernel's, bit for bit; the gradients are those of the body in float64, which `gradcheck` holds
+    against finite differences (test_registry.py)."""
+    if not OPS[op].differentiable:
+        return
+    checked = 0
+    names = [argument.name for argument in OPS[op].overload._schema.arguments]
+    for args in examples(op, dtype, kernels.device):
+        if not taken(op, args):
+            continue
+        floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+        leaves = [i for i in floats if names[i] != "cos_sin"]  # which is float32, whatever the others are
+        narrow, wide = list(args), list(args)
+        for i in leaves:
+            narrow[i] = args[i].detach().clone().requires_grad_()
+            wide[i] = args[i].double().requires_grad_()
+        out = floating(OPS[op].function(*narrow))
+        with torch.no_grad():
+            torch.testing.assert_close(out, floating(OPS[op].function(*args)), rtol=0, atol=0)
+        grads = [torch.randn_like(x) for x in out]
+        found = torch.autograd.grad(out, [narrow[i] for i in leaves], grads)
+        with bodies(kernels):
+            expected = floating(OPS[op].function(*wide))
+            right = torch.autograd.grad(expected, [wide[i] for i in leaves], [grad.double() for grad in grads])
+        for got, wanted in zip(found, right, strict=True):
+            tolerance = (8 if dtype.itemsize == 2 else 64) * torch.finfo(dtype).eps
+            assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+        checked += 1
+    assert checked, "the kernel takes none of the examples: add one to the op's test file"
+
+
+@contextmanager
+def bodies(kernels: Implementation) -> Iterator[None]:
+    """Inside, every op runs its eager body again."""
+    with eager():
+        if kernels.emulator:
+            kernels.emulator.module.disable("CPU")
+        try:
+            yield
+        finally:
+            if kernels.emulator:
+                kernels.emulator.module.enable("CPU")
+
+
+def floating(result: Any) -> list[Tensor]:
+    return [x for x in (result if isinstance(result, tuple) else (result,)) if x.is_floating_point()]

@@ -15,6 +15,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     weight = torch.randn(4, 6, 8, dtype=dtype)
     yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 2, 2, 6, 7), int32(0, 3, 3, 1, 4, 0, 2)
     yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 0, 1, 5, 5)
+    rows, scale = int32(0, 3, 3, 1), torch.rand(4, dtype=dtype) + 0.5
+    yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 2, 2, 2, 4), rows, scale
+    yield torch.randn(4, 8, dtype=dtype), weight, int32(0, 1, 4, 4, 4), None, scale
 
 
 def reference(x: Tensor, weight: Tensor, counts: list[int], rows: Tensor | None) -> np.ndarray:
@@ -85,6 +88,36 @@ def test_experts_without_rows_get_a_zero_gradient(device: str) -> None:
     assert weight.grad[0].eq(0).all()
     assert weight.grad[1].eq(2).all()
     assert weight.grad[2].eq(0).all()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("gather", [False, True], ids=["own-rows", "gathered"])
+@pytest.mark.parametrize("counts", [[5, 0, 1, 70], [0, 0, 0], [0, 37]], ids=["uneven", "empty", "all-to-one"])
+def test_gradients_of_the_formula(
+    counts: list[int], gather: bool, scaled: bool, dtype: torch.dtype, device: str
+) -> None:
+    """Against autograd through a loop over the experts in float64, whatever ran the forward."""
+    M, D, F = sum(counts), 24, 40
+    rows = torch.randint(9, (M,), dtype=torch.int32, device=device) if gather else None
+    x = torch.randn(9 if gather else M, D, dtype=dtype, device=device)
+    weight = torch.randn(len(counts), F, D, dtype=dtype, device=device)
+    scale = torch.rand(M, dtype=torch.promote_types(dtype, torch.float32), device=device) if scaled else None
+    grad = torch.randn(M, F, dtype=dtype, device=device)
+    given = [t for t in (x, weight, scale) if t is not None]
+    for tensor in given:
+        tensor.requires_grad_()
+    out = grouped_linear(x, weight, bounds(counts, device), rows, scale)
+    wide = [t.detach().cpu().double().requires_grad_() for t in given]
+    sources = wide[0] if rows is None else wide[0][rows.cpu().long()]
+    parts = [part @ weight_FD.T for part, weight_FD in zip(sources.split(counts), wide[1], strict=True)]
+    expected = torch.cat(parts) * (wide[2].unsqueeze(1) if scaled else 1)
+    wanted = torch.autograd.grad(expected, wide, grad.cpu().double())
+    for found, right in zip(torch.autograd.grad(out, given, grad), wanted, strict=True):
+        assert found.is_contiguous()
+        tolerance = (8 if dtype.itemsize == 2 else 64) * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            found.cpu().double(), right, rtol=0, atol=tolerance * (right.abs().max().item() if right.numel() else 0)
+        )
 
 
 def test_arguments(device: str) -> None:
