@@ -45,15 +45,18 @@ struct Tiles {
     };
 };
 
-// Copies `count` rows of L elements, the rest of a row is zeros; of(row) is a row's start, or null for zeros.
+// Copies `count` rows of L elements, the rest of a row is zeros; of(row) is a row's start, or null for zeros. A warp
+// copies whole rows, so that it looks up a page once for each.
 template <class P, int count, class T, class F>
 __device__ void copy_entries(T* tile, int L, const T* any, F of) {
-    constexpr int chunks = P::K / 8;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < count * chunks; i += P::threads) {
-        const int chunk = i % chunks;
-        const T* row = chunk * 8 < L ? of(i / chunks) : nullptr;
-        cp_async16(chunk_at<P::K>(tile, i / chunks, chunk), row ? row + chunk * 8 : any, row ? 16 : 0);
+    for (int row = threadIdx.x / 32; row < count; row += P::threads / 32) {
+        const T* from = of(row);
+#pragma unroll
+        for (int chunk = threadIdx.x % 32; chunk < P::K / 8; chunk += 32) {
+            const bool there = from && chunk * 8 < L;
+            cp_async16(chunk_at<P::K>(tile, row, chunk), there ? from + chunk * 8 : any, there ? 16 : 0);
+        }
     }
 }
 
@@ -166,11 +169,22 @@ __global__ void __launch_bounds__(Tiles<T>::threads) mla_kernel(const Problem<T>
         if (half == 0 && lane % 4 == 0) s.sums.stats[row * 2] = top[h], s.sums.stats[row * 2 + 1] = sum[h];
     }
     __syncthreads();
-    write_rows<V>(p, work, blockIdx.x, P::rows, blockIdx.z, s.sums.out, s.sums.stats, 1, rank);
+    write_part<V>(p, work, blockIdx.x, P::rows, blockIdx.z, s.sums.out, s.sums.stats, 1, rank);
+}
+
+// Merges the parts of a tile: up to 8 MB, too much for the one block that is done last.
+template <class T>
+__global__ void __launch_bounds__(Tiles<T>::threads)
+    merge_kernel(const Problem<T> p, const Latents<T> source, int rank) {
+    using P = Tiles<T>;
+    const Work work = divide(p, source, find_place(p, blockIdx.x, P::rows), P::rows, 0);
+    if (work.sequence < 0 || work.parts == 1) return;
+    merge_parts<P::V>(p, work, blockIdx.x, P::rows, blockIdx.z * P::threads + threadIdx.x, gridDim.z * P::threads,
+                      rank);
 }
 
 Tensor mla_paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
-                           const Tensor& cu_seqlens_q, const Tensor& seq_lens, int64_t /*max_seqlen_q*/, int64_t rank,
+                           const Tensor& cu_seqlens_q, const Tensor& seq_lens, int64_t max_seqlen_q, int64_t rank,
                            double scale) {
     Arguments arguments("mla_paged_attention");
     arguments.tensor("q", q, {"T", "H", "L"});
@@ -206,8 +220,10 @@ Tensor mla_paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor
             run_plain<max_entry>(p, source, q, int(L), int(rank), device.stream);
         } else {
             using P = Tiles<T>;
-            launch_tiles<P>(mla_kernel<T>, p, q, count_tiles(q.size(0), p.R, p.B, P::rows), max_pages * S,
-                            device.stream, source, int(rank));
+            const int64_t tiles = max_seqlen_q == 1 ? p.B * ((H + P::rows - 1) / P::rows)  // few, so that it matters
+                                                    : count_tiles(q.size(0), p.R, p.B, P::rows);
+            launch_tiles<P>(mla_kernel<T>, merge_kernel<T>, p, q, tiles, max_pages * S, device.stream, source,
+                            int(rank));
         }
     });
     return out;

@@ -23,7 +23,7 @@ struct Problem {
     float scale;
     int splits;                    // the most parts
     float *part_out, *part_stats;  // workspace, if splits > 1: [tiles, G, splits, rows, V] and [.., 2]
-    unsigned* done;                // [tiles, G], zeros
+    unsigned* done;                // [tiles, G], zeros; null: a kernel of its own merges
 };
 
 // Where the keys and values of all sequences are, each sequence's rows end to end.
@@ -168,26 +168,52 @@ __device__ void store_row(const Problem<T>& p, const Work& work, int g, int row,
 template <int V>
 constexpr int padded = V + 8;
 
+// Row of the workspace where a tile's parts begin.
+template <class T>
+__device__ int64_t first_part_row(const Problem<T>& p, int tile, int tile_rows) {
+    return (int64_t(tile) * p.G + blockIdx.y) * p.splits * tile_rows;
+}
+
 // A block's sums, in shared memory as `parts` parts (what each warp found for the same rows): writes the result, or
-// this block's part of it to the workspace, where the last block to do so merges all. Whole blocks call it, after a
-// barrier. Of V columns the result has the first `width`.
+// this block's part of it to the workspace. Whole blocks call it, after a barrier. Of V columns the result has the
+// first `width`.
 template <int V, class T>
-__device__ void write_rows(const Problem<T>& p, const Work& work, int tile, int tile_rows, int split, const float* out,
+__device__ void write_part(const Problem<T>& p, const Work& work, int tile, int tile_rows, int split, const float* out,
                            const float* stats, int parts, int width = V) {
-    const int g = blockIdx.y, unit = tile * p.G + g;
-    const int64_t part_rows = int64_t(unit) * p.splits * tile_rows;  // of the workspace, before this tile's
-    const auto each = [&](auto f) {                                  // f(row, column)
-        const int columns = width / 4;
-        for (int i = threadIdx.x; i < work.rows * columns; i += blockDim.x) f(i / columns, i % columns * 4);
-    };
-    each([&](int row, int column) {
+    const int columns = width / 4;
+    for (int i = threadIdx.x; i < work.rows * columns; i += blockDim.x) {
+        const int row = i / columns, column = i % columns * 4;
         const Merged m =
             merge(out + row * padded<V> + column, tile_rows * padded<V>, stats + row * 2, tile_rows * 2, parts);
-        if (work.parts == 1) return store_row(p, work, g, row, column, width, m.out, m.sum);
-        const int64_t at = part_rows + split * tile_rows + row;
-        *reinterpret_cast<float4*>(p.part_out + at * V + column) = m.out;
+        if (work.parts == 1) {
+            store_row(p, work, blockIdx.y, row, column, width, m.out, m.sum);
+            continue;
+        }
+        const int64_t at = first_part_row(p, tile, tile_rows) + split * tile_rows + row;
+        store_vector(p.part_out + at * V + column, m.out);
         if (column == 0) *reinterpret_cast<float2*>(p.part_stats + at * 2) = {m.top, m.sum};
-    });
+    }
+}
+
+// Merges a tile's parts; the callers are threads 0 to threads - 1.
+template <int V, class T>
+__device__ void merge_parts(const Problem<T>& p, const Work& work, int tile, int tile_rows, int thread, int threads,
+                            int width = V) {
+    const int columns = width / 4;
+    for (int i = thread; i < work.rows * columns; i += threads) {
+        const int row = i / columns, column = i % columns * 4;
+        const int64_t at = first_part_row(p, tile, tile_rows) + row;
+        const Merged m =
+            merge(p.part_out + at * V + column, tile_rows * V, p.part_stats + at * 2, tile_rows * 2, work.parts);
+        store_row(p, work, blockIdx.y, row, column, width, m.out, m.sum);
+    }
+}
+
+// write_part, after which the last block to write a part of a tile merges all.
+template <int V, class T>
+__device__ void write_rows(const Problem<T>& p, const Work& work, int tile, int tile_rows, int split, const float* out,
+                           const float* stats, int parts) {
+    write_part<V>(p, work, tile, tile_rows, split, out, stats, parts);
     if (work.parts == 1) return;
 
     struct Last {
@@ -196,16 +222,12 @@ __device__ void write_rows(const Problem<T>& p, const Work& work, int tile, int 
     auto& last = shared<Last>();
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last.here = atomicAdd(p.done + unit, 1u) == unsigned(work.parts) - 1;
+    unsigned* done = p.done + tile * p.G + blockIdx.y;
+    if (threadIdx.x == 0) last.here = atomicAdd(done, 1u) == unsigned(work.parts) - 1;
     __syncthreads();
     if (!last.here) return;
     __threadfence();
-    each([&](int row, int column) {
-        const int64_t at = part_rows + row;
-        const Merged m =
-            merge(p.part_out + at * V + column, tile_rows * V, p.part_stats + at * 2, tile_rows * 2, work.parts);
-        store_row(p, work, g, row, column, width, m.out, m.sum);
-    });
+    merge_parts<V>(p, work, tile, tile_rows, threadIdx.x, blockDim.x);
 }
 
 // A thread's rows to shared memory, as write_rows takes them.

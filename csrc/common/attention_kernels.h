@@ -251,22 +251,26 @@ inline int choose_splits(int64_t blocks, int64_t max_keys) {
     return int(std::clamp<int64_t>(std::min(wanted, steps), 1, max_splits));
 }
 
-// Launches `kernel` for `tiles` tiles of P::rows rows, with a workspace where keys are split.
+// Launches `kernel` for `tiles` tiles of P::rows rows, with a workspace where keys are split. Its blocks merge the
+// parts, or `merge` does, if given, with a thread for every four columns.
 template <class P, class T, class... Rest>
-void launch_tiles(void (*kernel)(Problem<T>, Rest...), Problem<T> p, const Tensor& like, int64_t tiles,
-                  int64_t max_keys, cudaStream_t stream, const Rest&... rest) {
+void launch_tiles(void (*kernel)(Problem<T>, Rest...), std::decay_t<void (*)(Problem<T>, Rest...)> merge, Problem<T> p,
+                  const Tensor& like, int64_t tiles, int64_t max_keys, cudaStream_t stream, const Rest&... rest) {
     p.splits = choose_splits(tiles * p.G, max_keys);
     std::optional<Tensor> sums, done;
     if (p.splits > 1) {
         const int64_t rows = tiles * p.G * p.splits * P::rows;
         sums = torch::stable::new_empty(like, {rows * (P::V + 2)}, ScalarType::Float);
-        done = torch::stable::new_zeros(like, {tiles * p.G}, ScalarType::Int);
+        if (!merge) done = torch::stable::new_zeros(like, {tiles * p.G}, ScalarType::Int);
         p.part_out = static_cast<float*>(sums->mutable_data_ptr());
         p.part_stats = p.part_out + rows * P::V;
-        p.done = static_cast<unsigned*>(done->mutable_data_ptr());
+        p.done = done ? static_cast<unsigned*>(done->mutable_data_ptr()) : nullptr;
     }
-    const dim3 grid(unsigned(tiles), unsigned(p.G), unsigned(p.splits));
+    dim3 grid(unsigned(tiles), unsigned(p.G), unsigned(p.splits));
     launch(kernel, {grid, dim3(P::threads), sizeof(typename P::Shared), stream}, p, rest...);
+    if (!merge || p.splits == 1) return;
+    grid.z = P::rows * P::V / 4 / P::threads;
+    launch(merge, {grid, dim3(P::threads), 0, stream}, p, rest...);
 }
 
 // At least as many tiles as sequences of `queries` in all need, whatever their lengths.
@@ -275,14 +279,15 @@ inline int64_t count_tiles(int64_t queries, int R, int B, int rows) { return (qu
 template <class T, int K, int V, class Source>
 void run_prefill(const Problem<T>& p, const Source& source, const Tensor& q, int64_t max_keys, cudaStream_t stream) {
     using P = Prefill<T, K, V>;
-    launch_tiles<P>(prefill<P, T, Source>, p, q, count_tiles(q.size(0), p.R, p.B, P::rows), max_keys, stream, source);
+    launch_tiles<P>(prefill<P, T, Source>, nullptr, p, q, count_tiles(q.size(0), p.R, p.B, P::rows), max_keys, stream,
+                    source);
 }
 
 template <class T, int K, int V, class Source>
 void run_decode(const Problem<T>& p, const Source& source, const Tensor& q, int64_t max_keys, cudaStream_t stream) {
     using P = Decode<T, K, V>;
-    launch_tiles<P>(decode<P, T, Source>, p, q, int64_t(p.B) * ((p.R + P::rows - 1) / P::rows), max_keys, stream,
-                    source);
+    launch_tiles<P>(decode<P, T, Source>, nullptr, p, q, int64_t(p.B) * ((p.R + P::rows - 1) / P::rows), max_keys,
+                    stream, source);
 }
 
 template <int columns = plain_columns, class Source>

@@ -16,13 +16,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     yield torch.randn(3, 4, 6, dtype=dtype), cache, table, int32(0, 2, 3), int32(7, 4), 2, 4, 0.3
 
 
-@pytest.mark.parametrize(("H", "rank", "rope"), [(4, 64, 16), (16, 512, 64)])
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_formula(
-    lengths: tuple[list[int], list[int]], H: int, rank: int, rope: int, dtype: torch.dtype, device: str
-) -> None:
+def check(lengths: tuple[list[int], list[int]], H: int, rank: int, rope: int, dtype: torch.dtype, device: str) -> None:
     q_lengths, seq_lens = lengths
-    S, P, L = 16, 16, rank + rope
+    S, P, L = 16, 32, rank + rope
     table, cache = paged(seq_lens, P, S), poisoned(P, S, L, dtype=dtype, device=device)
     q = torch.randn(sum(q_lengths), H, L, dtype=dtype, device=device)
     expected = [torch.zeros(0, H, rank, dtype=torch.float64)]
@@ -39,6 +35,21 @@ def test_formula(
     assert out.is_contiguous()
     rounded = rounded_weights(implementation("mla_paged_attention", device), cache.nan_to_num())
     assert_close(out, torch.cat(expected), rounded_within=rounded)
+
+
+@pytest.mark.parametrize(("H", "rank", "rope"), [(4, 64, 16), (16, 512, 64)])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_formula(
+    lengths: tuple[list[int], list[int]], H: int, rank: int, rope: int, dtype: torch.dtype, device: str
+) -> None:
+    check(lengths, H, rank, rope, dtype, device)
+
+
+@pytest.mark.parametrize("H", [3, 70])
+@pytest.mark.parametrize("lengths", [([1, 1, 0], [230, 100, 0]), ([9, 1], [200, 140])], ids=["decode", "mixed"])
+def test_long_caches(lengths: tuple[list[int], list[int]], H: int, dtype: torch.dtype, device: str) -> None:
+    """Keys are split among blocks; 70 heads are more rows than a tile has."""
+    check(lengths, H, 40, 8, dtype, device)
 
 
 def test_lengths_beyond_the_block_table() -> None:
