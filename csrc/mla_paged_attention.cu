@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Tiles<T>::threads) mla_kernel(const Problem<T>
     write_part<V>(p, work, blockIdx.x, P::rows, blockIdx.z, s.sums.out, s.sums.stats, 1, rank);
 }
 
-// Merges the parts of a tile. They are up to 8 MB, which would take one block longer than all the rest takes many.
+// Merges the parts of a tile: up to 8 MB, too much for the one block that is done last.
 template <class T>
 __global__ void __launch_bounds__(Tiles<T>::threads)
     merge_kernel(const Problem<T> p, const Latents<T> source, int rank) {
