@@ -181,6 +181,7 @@ template <int V, class T>
 __device__ void write_part(const Problem<T>& p, const Work& work, int tile, int tile_rows, int split, const float* out,
                            const float* stats, int parts, int width = V) {
     const int columns = width / 4;
+    const int64_t first = first_part_row(p, tile, tile_rows);
     for (int i = threadIdx.x; i < work.rows * columns; i += blockDim.x) {
         const int row = i / columns, column = i % columns * 4;
         const Merged m =
@@ -189,7 +190,7 @@ __device__ void write_part(const Problem<T>& p, const Work& work, int tile, int 
             store_row(p, work, blockIdx.y, row, column, width, m.out, m.sum);
             continue;
         }
-        const int64_t at = first_part_row(p, tile, tile_rows) + split * tile_rows + row;
+        const int64_t at = first + split * tile_rows + row;
         store_vector(p.part_out + at * V + column, m.out);
         if (column == 0) *reinterpret_cast<float2*>(p.part_stats + at * 2) = {m.top, m.sum};
     }
@@ -200,9 +201,10 @@ template <int V, class T>
 __device__ void merge_parts(const Problem<T>& p, const Work& work, int tile, int tile_rows, int thread, int threads,
                             int width = V) {
     const int columns = width / 4;
+    const int64_t first = first_part_row(p, tile, tile_rows);
     for (int i = thread; i < work.rows * columns; i += threads) {
         const int row = i / columns, column = i % columns * 4;
-        const int64_t at = first_part_row(p, tile, tile_rows) + row;
+        const int64_t at = first + row;
         const Merged m =
             merge(p.part_out + at * V + column, tile_rows * V, p.part_stats + at * 2, tile_rows * 2, work.parts);
         store_row(p, work, blockIdx.y, row, column, width, m.out, m.sum);
