@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -191,7 +192,7 @@ def find_files(folder: Path) -> Files:
         names = sorted({path.name for pattern in layout.patterns for path in folder.glob(pattern)})
         if layout.whole in names:
             return Files(layout, (layout.whole,))
-        if (folder / layout.index).exists():
+        if os.path.lexists(folder / layout.index):
             return _indexed_files(folder, layout)
         if ranked := [match for name in names if (match := layout.by_rank.fullmatch(name))]:
             return _files_by_rank(folder, layout, ranked)
@@ -227,7 +228,7 @@ def _indexed_files(folder: Path, layout: Layout) -> Files:
     names = sorted(set(files.values()))
     if outside := [name for name in names if Path(name).name != name or name == ".." or not name.isprintable()]:
         raise CheckpointError(f"{index} names files outside of its folder: {few(outside)}")
-    if missing := [name for name in names if not (folder / name).exists()]:
+    if missing := [name for name in names if not os.path.lexists(folder / name)]:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the {len(names)} files that {layout.index} names: {few(missing)}"
         )
