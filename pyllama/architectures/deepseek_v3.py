@@ -6,11 +6,11 @@ weighted. `aux_loss_alpha` is not used, since nobody's code has an auxiliary los
 
 from __future__ import annotations
 
-from pyllama.architectures.common import Family, read_decoder, read_experts, read_positions
+from pyllama.architectures.common import Family, read_decoder, read_positions
 from pyllama.architectures.deepseek_v2 import read_ffns, read_latent_attention, weights
-from pyllama.architectures.experts import read_groups, read_shared
+from pyllama.architectures.experts import read_corrected_experts
 from pyllama.architectures.reader import Reader
-from pyllama.config import MLPConfig, ModelConfig, MoEConfig
+from pyllama.config import MLPConfig, ModelConfig
 
 
 def read(reader: Reader) -> ModelConfig:
@@ -19,22 +19,7 @@ def read(reader: Reader) -> ModelConfig:
     reader.only("topk_method", "noaux_tc")
     for key in ("aux_loss_alpha", "seq_aux"):
         reader.anything(key)
-    experts, top_k = read_experts(reader, "n_routed_experts", experts=256, top_k=8)
-    groups, chosen = read_groups(reader, experts, top_k, groups=8, chosen=4)
-    moe = MoEConfig(
-        num_experts=experts,
-        top_k=top_k,
-        size=reader.integer("moe_intermediate_size"),
-        scoring="sigmoid",
-        renormalize=reader.boolean("norm_topk_prob", default=True),
-        scale=reader.number("routed_scaling_factor", default=2.5),
-        correction_bias=True,
-        num_groups=groups,
-        top_groups=chosen,
-        group_top_k=min(2, experts // groups),
-        float32_router=True,
-        shared=read_shared(reader, default=1),
-    )
+    moe = read_corrected_experts(reader, experts=256, groups=8, chosen=4, scale=2.5)
     positions = read_positions(reader, 4096)
     interleaved = reader.boolean("rope_interleave", default=True)
     attention = read_latent_attention(reader, positions=positions, interleaved=interleaved)

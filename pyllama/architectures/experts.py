@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyllama.architectures.common import read_experts
 from pyllama.architectures.reader import REQUIRED, Reader
 from pyllama.config import FFNConfig, MLPConfig, MoEConfig
 from pyllama.weights import Rule
@@ -61,4 +62,27 @@ def shared_expert(name: str) -> tuple[Rule, ...]:
         Rule("layers.{i}.ffn.shared.down.weight", (f"{prefix}.down_proj.weight",), 1),
         Rule("layers.{i}.ffn.shared.down.bias", (f"{prefix}.down_proj.bias",), None),
         Rule("layers.{i}.ffn.shared_gate.weight", (f"{prefix}_gate.weight",), None),
+    )
+
+
+def read_corrected_experts(reader: Reader, *, experts: int, groups: int, chosen: int, scale: float) -> MoEConfig:
+    """DeepSeek-V3's experts (arXiv:2412.19437): sigmoids, a bias that corrects the choice, groups by their two best.
+
+    Keyword arguments: transformers' defaults.
+    """
+    experts, top_k = read_experts(reader, "n_routed_experts", experts=experts, top_k=8)
+    groups, chosen = read_groups(reader, experts, top_k, groups=groups, chosen=chosen)
+    return MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        size=reader.integer("moe_intermediate_size"),
+        scoring="sigmoid",
+        renormalize=reader.boolean("norm_topk_prob", default=True),
+        scale=reader.number("routed_scaling_factor", default=scale),
+        correction_bias=True,
+        num_groups=groups,
+        top_groups=chosen,
+        group_top_k=min(2, experts // groups),
+        float32_router=True,
+        shared=read_shared(reader, default=1),
     )

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from pyllama.architectures.common import (
-    Family,
-    read_attention,
-    read_decoder,
-    read_experts,
-    read_positions,
-    weight_table,
-)
-from pyllama.architectures.experts import EXPERTS, read_dense_first, read_groups, read_shared, shared_expert
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
+from pyllama.architectures.experts import EXPERTS, read_corrected_experts, read_dense_first, shared_expert
 from pyllama.architectures.reader import Reader
-from pyllama.config import MLPConfig, ModelConfig, MoEConfig
+from pyllama.config import MLPConfig, ModelConfig
 
 
 def read(reader: Reader) -> ModelConfig:
@@ -28,22 +21,7 @@ def read(reader: Reader) -> ModelConfig:
         qkv_bias=reader.boolean("attention_bias", default=False),
         qk_norm="head" if reader.boolean("use_qk_norm", default=False) else None,
     )
-    experts, top_k = read_experts(reader, "n_routed_experts", experts=128, top_k=8)
-    groups, chosen = read_groups(reader, experts, top_k, groups=1, chosen=1)
-    moe = MoEConfig(
-        num_experts=experts,
-        top_k=top_k,
-        size=reader.integer("moe_intermediate_size"),
-        scoring="sigmoid",
-        renormalize=reader.boolean("norm_topk_prob", default=True),
-        scale=reader.number("routed_scaling_factor", default=1.0),
-        correction_bias=True,
-        num_groups=groups,
-        top_groups=chosen,
-        group_top_k=min(2, experts // groups),
-        float32_router=True,
-        shared=read_shared(reader, default=1),
-    )
+    moe = read_corrected_experts(reader, experts=128, groups=1, chosen=1, scale=1.0)
     mlp = MLPConfig(reader.integer("intermediate_size"))
     return read_decoder(
         reader,
