@@ -10,11 +10,11 @@ import torch
 import typer
 
 from benchmarks import limits
+from benchmarks.backward import backward_of
 from benchmarks.bench import Bench, benches, measure, merged, missing_peers, short
 from benchmarks.results import Results, origin, read
 from benchmarks.shapes import SCOPES
 from benchmarks.timing import reason, sets_past_cache
-from pyllama.ops import implementation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COLUMNS = {  # of the printed table: width and what a row has there
@@ -30,8 +30,13 @@ COLUMNS = {  # of the printed table: width and what a row has there
 
 
 def main(
-    op: Annotated[list[str] | None, typer.Option(help="An op to measure. May be repeated. [default: all]")] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="An op or layer to measure. May be repeated. [default: all]")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few sizes of two models.")] = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Also forward and backward, where it is for training.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Append each row to this file, as a line of JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw rooflines and bars to this PNG file.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Measure nothing: plot the rows of this file.")] = None,
@@ -43,7 +48,7 @@ def main(
         found, title = read(rows), origin(rows)
     else:
         results = Results(json)
-        complete = run(results, op, quick, dtype, seconds)
+        complete = run(results, op, quick, backward, dtype, seconds)
         found, title = results.rows, f"{results.origin['device']}, torch {torch.__version__}"
     if plot is not None:
         from benchmarks.plot import draw
@@ -54,7 +59,7 @@ def main(
         raise SystemExit("benchmarks: some cases failed, see above")
 
 
-def run(results: Results, op: list[str] | None, quick: bool, dtype: str | None, seconds: float) -> bool:
+def run(results: Results, op: list[str] | None, quick: bool, backward: bool, dtype: str | None, seconds: float) -> bool:
     """Measures what is asked for, printing each row as it is known; whether pyllama's op ran in every case."""
     deadline = time.monotonic() + seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,12 +79,14 @@ def run(results: Results, op: list[str] | None, quick: bool, dtype: str | None, 
         )
     add_limits(results, chosen_dtype, device, quick)
     count = measured = left = 0
-    for name in [name.rstrip("_") for name in op or known]:
-        bench = known[name]
+    chosen = [known[name.rstrip("_")] for name in op or known]
+    if backward:
+        chosen = [one for bench in chosen for one in (bench, backward_of(bench)) if one is bench or bench.gradients]
+    for bench in chosen:
         header(bench, device)
         cases = list(merged(bench.cases(scope)))
         count += len(cases)
-        if device == "cuda" and implementation(bench.op, device) != "cuda":
+        if device == "cuda" and bench.implementation(device) != "cuda":
             print("this build has no kernel for it")
             continue
         for case in cases:
@@ -118,7 +125,7 @@ def add_limits(results: Results, dtype: torch.dtype, device: str, quick: bool) -
 
 
 def header(bench: Bench, device: str) -> None:
-    print(f"\n{bench.op} ({implementation(bench.op, device)}); other time / pyllama's time of torch, compile, peer")
+    print(f"\n{bench.op} ({bench.implementation(device)}); other time / pyllama's time of torch, compile, peer")
     if missing := missing_peers(bench):
         print(f"not installed: {', '.join(missing)}")
     print(line({name: name for name in COLUMNS}), flush=True)

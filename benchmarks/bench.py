@@ -1,8 +1,9 @@
 """What a benchmark of an op consists of, and the runner that makes a row of a case.
 
-Each `benchmarks/ops/bench_<op>.py` defines `BENCH = Bench(...)`: the cases it takes from a `Scope` (shapes.py), how to
-make inputs of given sizes, the work of a call, and the contenders. Everything else is here, once: inputs rotated past
-the cache, contenders in turns, the device's limit measured among them, results compared, the row.
+Each `benchmarks/ops/bench_<op>.py` and `benchmarks/layers/bench_<layer>.py` defines `BENCH = Bench(...)`: the cases it
+takes from a `Scope` (shapes.py), how to make inputs of given sizes, the work of a call, and the contenders. Everything
+else is here, once: inputs rotated past the cache, contenders in turns, the device's limit measured among them, results
+compared, the row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import limits, ops
+from benchmarks import layers, limits, ops
 from benchmarks.results import Results
 from benchmarks.shapes import Scope
 from benchmarks.timing import Contender, reason, say, seconds_per_call, sets_past_cache
@@ -69,7 +70,9 @@ class Peer:
 
 @dataclass(frozen=True)
 class Bench:
-    """The benchmark of one op. All functions but `cases` and `work` take one set of inputs, as `inputs` gives it.
+    """The benchmark of an op, or of a layer made of ops.
+
+    All functions but `cases` and `work` take one set of inputs, as `inputs` gives it.
 
     cases: the rows of a scope; equal sizes become one row. inputs: (dtype, **sizes) -> one set of inputs, on torch's
     default device. work: (dtype, **sizes). pyllama: calls the op and gives its result, or what it wrote in place.
@@ -77,7 +80,8 @@ class Bench:
     that eager torch has; None: the formula. peers: by name, a `Peer` or a function of torch's own. reference: what the
     result must be close to, in float64; it may be the last rows only; None: the formula on inputs in float64.
     right: where results may rightly differ (samples), instead of a reference: (result, *inputs) -> whether each part of
-    the result is right, bool.
+    the result is right, bool. made_of: a layer's ops; none: `op` alone. gradients: the places of those inputs whose
+    gradients training needs (backward.py). called: contenders that read values on the host, which no CUDA graph can.
     """
 
     op: str
@@ -90,12 +94,33 @@ class Bench:
     peers: Mapping[str, Peer | Callable[..., Any]] = field(default_factory=dict)
     reference: Callable[..., Any] | None = None
     right: Callable[..., Tensor] | None = None
+    made_of: tuple[str, ...] = ()
+    gradients: tuple[int, ...] = ()
+    called: tuple[str, ...] = ()
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return self.made_of or (self.op,)
+
+    @property
+    def mutates(self) -> bool:
+        return any(OPS[op].mutates for op in self.ops)
+
+    def implementation(self, device: str) -> str:
+        """Of all its ops; "eager" unless they have the same."""
+        found = {implementation(op, device) for op in self.ops}
+        return found.pop() if len(found) == 1 else "eager"
 
 
 def benches() -> dict[str, Bench]:
-    """By name of the file, as there are in benchmarks/ops."""
-    names = [module.name for module in iter_modules(ops.__path__) if module.name.startswith("bench_")]
-    return {name.removeprefix("bench_"): import_module(f"benchmarks.ops.{name}").BENCH for name in names}
+    """By name of the file, as there are in benchmarks/ops and benchmarks/layers."""
+    names = [
+        (f"{package.__name__}.{module.name}", module.name.removeprefix("bench_"))
+        for package in (ops, layers)
+        for module in iter_modules(package.__path__)
+        if module.name.startswith("bench_")
+    ]
+    return {name: import_module(module).BENCH for module, name in names}
 
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:
@@ -121,11 +146,11 @@ def measure(bench: Bench, case: Case, dtype: torch.dtype, device: str, results: 
     contenders: dict[str, Contender] = {f"limit {i}": way for i, way in enumerate(limit.ways)}
     for name, function in _agreeing(bench, first, dtype):
         contenders[name] = lambda i, function=function: function(*inputs[i])
-    seconds = seconds_per_call(contenders, sets, device)
+    seconds = seconds_per_call(contenders, sets, device, bench.called)
     if "pyllama" not in seconds:
         raise RuntimeError("pyllama's op failed")
     row = row_of(bench.op, case, work, limit.amount, seconds)
-    results.add(**row, dtype=_name(dtype), implementation=implementation(bench.op, device))
+    results.add(**row, dtype=_name(dtype), implementation=bench.implementation(device))
     return results.rows[-1]
 
 
@@ -202,7 +227,7 @@ def _agreeing(bench: Bench, inputs: tuple[Any, ...], dtype: torch.dtype) -> Iter
         try:
             if (function := find()) is None:
                 continue
-            check(function(*(_copied(inputs) if OPS[bench.op].mutates else inputs)))
+            check(function(*(_copied(inputs) if bench.mutates else inputs)))
         except Exception as error:
             say(f"{name}: {reason(error)}")
             continue

@@ -23,6 +23,11 @@ class Model:
     F_expert: int = 0  # feed-forward size of an expert
     E: int = 0  # experts
     N: int = 0  # experts per token
+    F_shared: int = 0  # feed-forward size of the expert that every token passes through
+    sigmoid: bool = False  # scores of the router, with a correction bias; else softmax
+    sum_1: bool = True  # a token's weights are made to sum to 1
+    groups: int = 1  # of experts,
+    top_groups: int = 1  # of which a token sees so many
     qk_norm: bool = False  # RMSNorm over each query and key head
     rank: int = 0  # latent attention (MLA): size of the compressed keys and values; 0: grouped queries
     q_rank: int = 0  # MLA: size of the compressed queries
@@ -37,17 +42,18 @@ MODELS = {
         D=2048, layers=48, V=151936, H=32, G=4, K=128, R=128, F_expert=768, E=128, N=8, qk_norm=True
     ),
     "Mixtral-8x7B": Model(D=4096, layers=32, V=32000, H=32, G=8, K=128, R=128, F_expert=14336, E=8, N=2),
-    "MiniMind-MoE": Model(D=512, layers=8, V=6400, H=16, G=8, K=32, R=32, F_expert=1408, E=4, N=2),
+    "MiniMind-MoE": Model(D=512, layers=8, V=6400, H=16, G=8, K=32, R=32, F_expert=1408, E=4, N=2, F_shared=1408),
     "DeepSeek-V2-Lite": Model(
         D=2048, layers=27, V=102400, H=16, G=16, K=192, R=64, F=10944, F_expert=1408, E=64, N=6,
-        rank=512, V_head=128,
+        F_shared=2816, sum_1=False, rank=512, V_head=128,
     ),
     "GLM-4.5-Air": Model(
-        D=4096, layers=46, V=151552, H=96, G=8, K=128, R=64, F=10944, F_expert=1408, E=128, N=8
+        D=4096, layers=46, V=151552, H=96, G=8, K=128, R=64, F=10944, F_expert=1408, E=128, N=8,
+        F_shared=1408, sigmoid=True,
     ),
     "DeepSeek-V3": Model(
         D=7168, layers=61, V=129280, H=128, G=128, K=192, R=64, F=18432, F_expert=2048, E=256, N=8,
-        rank=512, q_rank=1536, V_head=128,
+        F_shared=2048, sigmoid=True, groups=8, top_groups=4, rank=512, q_rank=1536, V_head=128,
     ),
 }  # fmt: skip
 

@@ -1,13 +1,14 @@
 """Timing: contenders in turns, over inputs that do not stay in the cache; medians.
 
-On the GPU each contender is a CUDA graph, on the CPU it is called in a loop and timed by the wall clock.
+On the GPU each contender is a CUDA graph, or is called in a loop where no graph can hold it; on the CPU it is called in
+a loop and timed by the wall clock.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
@@ -37,16 +38,19 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def seconds_per_call(contenders: dict[str, Contender], sets: int, device: str) -> dict[str, float]:
+def seconds_per_call(
+    contenders: dict[str, Contender], sets: int, device: str, called: Collection[str] = ()
+) -> dict[str, float]:
     """Medians. A contender that raises gets no entry, and a line that says why.
 
-    sets: how many numbered inputs there are. Results stay alive until all sets had their turn, so that outputs too
-    go through different memory.
+    sets: how many numbered inputs there are. called: those that no CUDA graph can hold, since they read values on the
+    host. Results stay alive until all sets had their turn, so that outputs too go through different memory.
     """
-    prepare, rounds = (_capture, 15) if device == "cuda" else (_loop, 7)
+    rounds = 15 if device == "cuda" else 7
     timers: dict[str, Callable[[], float]] = {}
     for name, run in contenders.items():
         try:
+            prepare = _loop if device == "cpu" else _call if name in called else _capture
             timers[name] = prepare(run, sets)
         except Exception as error:  # another library's; the others are still to be measured
             say(f"{name}: {reason(error)}")
@@ -70,20 +74,16 @@ def _loop(run: Contender, sets: int) -> Callable[[], float]:
         start = time.perf_counter()
         for call in range(calls):
             results[call % sets] = run(call % sets)
-        return (time.perf_counter() - start) / calls
+        seconds = (time.perf_counter() - start) / calls
+        results[:] = [None] * sets  # the next contender may need the memory
+        return seconds
 
     return timer
 
 
 def _capture(run: Contender, sets: int) -> Callable[[], float]:
     """A timer of a graph of so many calls that the GPU is busy for a millisecond."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # compiles and allocates what the first calls need
-        for i in range(min(3, sets)):
-            run(i)
-    torch.cuda.synchronize()
-    estimate = max(_seconds(lambda: run(0)), 1e-6)
-    calls = max(sets, min(1000, int(1e-3 / estimate) + 1))
+    calls = _enough(run, sets)
     results: list[Any] = [None] * sets
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -91,6 +91,29 @@ def _capture(run: Contender, sets: int) -> Callable[[], float]:
             results[call % sets] = run(call % sets)
     graph.replay()
     return lambda: _seconds(graph.replay) / calls
+
+
+def _call(run: Contender, sets: int) -> Callable[[], float]:
+    """A timer of as many calls without a graph: where the GPU waits for Python and for launches, that counts."""
+    calls = _enough(run, sets)
+
+    def several() -> None:
+        results: list[Any] = [None] * sets
+        for call in range(calls):
+            results[call % sets] = run(call % sets)
+
+    return lambda: _seconds(several) / calls
+
+
+def _enough(run: Contender, sets: int) -> int:
+    """How many calls keep the GPU busy for a millisecond; what the first ones compile and allocate is then there."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for i in range(min(3, sets)):
+            run(i)
+    torch.cuda.synchronize()
+    estimate = max(_seconds(lambda: run(0)), 1e-6)
+    return max(sets, min(1000, int(1e-3 / estimate) + 1))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -16,13 +16,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
 
 from benchmarks import bench as framework  # noqa: E402
-from benchmarks.bench import Bench, Case, Work, benches, merged, row_of  # noqa: E402
+from benchmarks.backward import backward_of  # noqa: E402
+from benchmarks.bench import Bench, Case, Peer, Work, benches, merged, row_of  # noqa: E402
 from benchmarks.ops.bench_attention import causal_flops  # noqa: E402
 from benchmarks.ops.bench_rms_norm import BENCH as RMS_NORM  # noqa: E402
 from benchmarks.ops.bench_sample import BENCH as SAMPLE  # noqa: E402
 from benchmarks.ops.bench_sample import OPTIONS, Options, kept  # noqa: E402
 from benchmarks.results import Results, table  # noqa: E402
-from benchmarks.shapes import MODELS, SCOPES  # noqa: E402
+from benchmarks.shapes import MODELS, SCOPES, Model  # noqa: E402
+from pyllama.ops.registry import OPS  # noqa: E402
 
 SMALL = SCOPES["cpu", True]
 
@@ -76,6 +78,22 @@ def test_unknown_ops_are_named() -> None:
             {"B": 1, "n": 64, "m": 64, "H": 4, "G": 2, "K": 8},
             Work(moved=2 * 64 * (2 + 4) * 8 * 2, flops=4 * 4 * 8 * 64 * 65 // 2, limit="product"),
         ),
+        # 2 tokens of 4 numbers in and out, a router of 8 x 4, at most 2 experts of 3 * 4 * 16, one more of 3 * 4 * 16
+        (
+            "moe",
+            {"T": 2, "D": 4, "F": 16, "E": 8, "N": 1, "shared": 16},
+            Work(moved=2 * (16 + 32 + 2 * 192 + 192), flops=2 * 2 * (32 + 192 + 192), limit="read"),
+        ),
+        # latents of 8 + 4 of 16 numbers and 2 heads of 8 (8 + 4 in keys): weights 16 * 12, 16 * 24, 8 * 32, 16 * 16
+        (
+            "mla",
+            {"B": 3, "n": 1, "m": 64, "D": 16, "H": 2, "K": 12, "V": 8, "R": 4, "rank": 8, "q_rank": 0},
+            Work(
+                moved=2 * (1088 + 2 * 3 * 16 + 3 * 64 * 12),
+                flops=2 * 3 * 1088 + 3 * 2 * 2 * (12 + 8) * 64,
+                limit="read",
+            ),
+        ),
         # logits of 2 sequences
         ("sample", {"B": 2, "V": 8, "spread": 4, "top_k": 3}, Work(moved=32, flops=64, limit="read")),
     ],
@@ -107,10 +125,84 @@ class TestEachBenchmark:
         bench = benches()[name]
         case = next(iter(merged(bench.cases(SMALL))))
         inputs = bench.inputs(torch.float32, **case.sizes)
-        check = framework.check_of(bench, inputs, torch.float32)
-        with torch.no_grad():
-            for function in (bench.pyllama, bench.torch or bench.formula, bench.formula):
-                check(function(*framework._copied(inputs)))
+        for one in (bench, backward_of(bench)) if bench.gradients else (bench,):
+            check = framework.check_of(one, inputs, torch.float32)
+            with torch.no_grad():
+                for function in (one.pyllama, one.torch or one.formula, one.formula):
+                    check(function(*framework._copied(inputs)))
+
+
+def test_what_training_needs_has_a_backward() -> None:
+    """All of issue 5's list; moe_dispatch gives indices alone."""
+    ops = {"attention", "rms_norm", "rope", "swiglu", "topk_gate", "moe_combine", "grouped_linear", "grouped_swiglu"}
+    assert {name for name, bench in benches().items() if bench.gradients} == ops | {"moe"}
+    for name in ops:
+        assert OPS[name].differentiable
+
+
+MOE = {"T": 33, "D": 64, "F": 32, "E": 16, "N": 4, "shared": 0, "sigmoid": False, "sum_1": True, "groups": 1, "top": 1}
+MLA = {"B": 1, "n": 70, "m": 70, "D": 64, "H": 4, "K": 24, "V": 16, "R": 8, "rank": 32, "q_rank": 0}
+LAYERS = {  # the layer's name, its sizes, whether transformers has such a layer
+    "moe": ("moe", MOE, True),
+    "moe-shared": ("moe", MOE | {"shared": 64, "sum_1": False}, True),
+    "moe-shared-sum-1": ("moe", MOE | {"shared": 64}, False),
+    "moe-groups": ("moe", MOE | {"shared": 32, "sigmoid": True, "groups": 4, "top": 2}, True),
+    "mla-prefill": ("mla", MLA, True),
+    "mla-prefill-q-rank": ("mla", MLA | {"q_rank": 48}, True),
+    "mla-decode": ("mla", MLA | {"B": 3, "n": 1}, False),
+    "mla-decode-q-rank": ("mla", MLA | {"B": 3, "n": 1, "m": 64, "q_rank": 48}, False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "sizes", "known"), LAYERS.values(), ids=LAYERS)
+def test_layers_agree_with_those_of_transformers(
+    name: str, sizes: dict[str, int], known: bool, dtype: torch.dtype
+) -> None:
+    bench = benches()[name]
+    peer = bench.peers["transformers"]
+    assert isinstance(peer, Peer)
+    assert peer.prepare is not None
+    with torch.no_grad():
+        inputs = bench.inputs(dtype, **sizes)
+        check = framework.check_of(bench, inputs, dtype)
+        for function in (bench.pyllama, bench.torch or bench.formula, bench.formula):
+            check(function(*framework._copied(inputs)))
+        layer = peer.prepare(peer.find(), *inputs)
+        assert (layer is not None) == known
+        if known:
+            check(peer.call(layer, *inputs))
+
+
+def test_a_layer_is_as_its_ops_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = benches()["moe"]
+    kernels = {"topk_gate": "cuda", "moe_combine": "eager"}
+    monkeypatch.setattr(framework, "implementation", lambda op, device: kernels.get(op, "cuda"))
+    assert bench.implementation("cuda") == "eager"
+    kernels["moe_combine"] = "cuda"
+    assert bench.implementation("cuda") == "cuda"
+    assert not bench.mutates
+    assert benches()["mla"].mutates
+
+
+def test_backward_rows_stand_beside_the_forward() -> None:
+    scope = replace(SMALL, tokens=(3,))
+    bench = benches()["swiglu"]
+    backward = backward_of(bench)
+    case = next(iter(backward.cases(scope)))
+    results = Results(None)
+    for one in (bench, backward):
+        framework.measure(one, case, torch.float32, "cpu", results)
+    forward, both = results.rows
+    assert (forward["op"], both["op"]) == ("swiglu", "swiglu backward")
+    assert both["work"] == {"moved": 2 * forward["work"]["moved"], "flops": 3 * forward["work"]["flops"]}
+    assert {"torch", "compile"} <= both["contenders_us"].keys()
+    x = torch.randn(3, 8)
+    (grad,) = backward.pyllama(x)
+    leaf = x.clone().requires_grad_()
+    bench.formula(leaf).square().sum().div(2).backward()
+    torch.testing.assert_close(grad, leaf.grad)
+    assert not x.requires_grad
 
 
 def test_equal_sizes_are_one_case() -> None:
@@ -189,6 +281,8 @@ KEYS = {  # a Model's field: what it may be called in a config.json
     "rank": ("kv_lora_rank",),
     "q_rank": ("q_lora_rank",),
     "V_head": ("v_head_dim",),
+    "groups": ("n_group",),
+    "top_groups": ("topk_group",),
 }
 CONFIGS = [
     (name, path)
@@ -201,9 +295,11 @@ CONFIGS = [
 def check_sizes(name: str, config: dict[str, Any]) -> None:
     model = MODELS[name]
     for field, keys in KEYS.items():
-        found = [config[key] for key in keys if key in config]
-        assert getattr(model, field) == (found[0] if found else 0), field
+        found = [config[key] for key in keys if config.get(key) is not None]
+        assert getattr(model, field) == (found[0] if found else getattr(Model(*[0] * 7), field)), field
     assert model.F_expert == config.get("moe_intermediate_size", config["intermediate_size"] if model.E else 0)
+    assert model.F_shared == (config.get("n_shared_experts") or 0) * model.F_expert
+    assert model.sum_1 == config.get("norm_topk_prob", True)
     assert model.F in (config["intermediate_size"], 0 if model.E else None)
 
 

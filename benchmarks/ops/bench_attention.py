@@ -101,4 +101,5 @@ BENCH = Bench(
         )
     },
     reference=reference,
+    gradients=(0, 1, 2),
 )

@@ -73,4 +73,6 @@ BENCH = Bench(
     formula=formula,
     peers={"grouped_mm": grouped_mm},
     reference=reference,
+    gradients=(0, 1),
+    called=("torch", "compile"),
 )

@@ -33,4 +33,6 @@ def formula(x: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     return (x[positions.long()] * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-BENCH = Bench(op="moe_combine", cases=cases, inputs=inputs, work=work, pyllama=moe_combine, formula=formula)
+BENCH = Bench(
+    op="moe_combine", cases=cases, inputs=inputs, work=work, pyllama=moe_combine, formula=formula, gradients=(0, 2)
+)

@@ -55,4 +55,5 @@ BENCH = Bench(
         "flashinfer": Peer("flashinfer.norm:rmsnorm", library),
         "quack": Peer("quack:rmsnorm", library),
     },
+    gradients=(0, 1),
 )

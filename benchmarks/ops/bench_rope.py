@@ -58,4 +58,5 @@ BENCH = Bench(
     pyllama=rope,
     formula=formula,
     peers={"flashinfer": Peer("flashinfer.rope:apply_rope_with_cos_sin_cache", flashinfer)},
+    gradients=(0,),
 )

@@ -61,4 +61,5 @@ BENCH = Bench(
         "liger": Peer("liger_kernel.transformers.functional:liger_swiglu", liger),
         "flashinfer": Peer("flashinfer.activation:silu_and_mul", lambda function, x: function(x)),
     },
+    gradients=(0,),
 )

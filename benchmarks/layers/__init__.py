@@ -1,0 +1,1 @@
+"""One benchmark per layer: `bench_<layer>.py` defines BENCH (see benchmarks/bench.py)."""

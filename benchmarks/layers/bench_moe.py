@@ -1,0 +1,233 @@
+"""moe: the whole layer, from its router to the sum of the experts' results.
+
+Beside it a plain loop over the experts (torch), sorted rows with `grouped_mm` (compiled), and transformers' layer
+with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.bench import Bench, Case, Peer, Work
+from benchmarks.layers.weights import call, matrix, skeleton
+from benchmarks.ops import bench_grouped_linear as linear
+from benchmarks.ops.bench_grouped_linear import BALANCE, LAST
+from benchmarks.ops.bench_grouped_swiglu import gated
+from benchmarks.shapes import Scope
+from pyllama.config import MLPConfig, MoEConfig
+from pyllama.layers.ffn import MoE
+
+FAVOUR = 10.0  # what the logits of a token's experts have more than others', so that rounding changes no choice
+
+
+def cases(scope: Scope) -> Iterator[Case]:
+    for name, model in scope.models.items():
+        if not model.E:
+            continue
+        sizes = {"D": model.D, "F": model.F_expert, "E": model.E, "N": model.N, "shared": model.F_shared}
+        router = {"sigmoid": model.sigmoid, "groups": model.groups, "top": model.top_groups, "sum_1": model.sum_1}
+        shared = f" + {model.F_shared}" if model.F_shared else ""
+        for tokens in scope.tokens:
+            what = f"{tokens} x {model.N} of {model.E}, {model.D} x {model.F_expert}{shared}"
+            yield Case(name, what, {"T": tokens, **sizes, **router})
+
+
+def inputs(dtype: torch.dtype, T: int, **sizes: Any) -> tuple[Any, ...]:
+    """The layer's config, tokens, weights of the router and the experts; those that it may lack, or None."""
+    config, D = config_of(**sizes), sizes["D"]
+    E, F, shared = config.num_experts, config.size, sizes["shared"]
+    router, gate_up, down = matrix(dtype, E, D), matrix(dtype, E, 2 * F, D), matrix(dtype, E, D, F)
+    bias = torch.randn(E, dtype=dtype) / 16 if config.correction_bias else None
+    shared_gate_up = matrix(dtype, 2 * shared, D) if shared else None
+    shared_down = matrix(dtype, D, shared) if shared else None
+
+    x = torch.randn(T, D, dtype=dtype)
+    seen = torch.rand(T, config.num_groups).argsort(-1) < config.top_groups
+    among = seen.repeat_interleave(E // config.num_groups, dim=1)
+    for experts in torch.rand(T, E).masked_fill(~among, -1).topk(config.top_k, dim=-1).indices.T:
+        x += FAVOUR * router[experts]
+    return config, x, router, gate_up, down, bias, shared_gate_up, shared_down
+
+
+def config_of(
+    D: int, F: int, E: int, N: int, shared: int, sigmoid: bool, groups: int, top: int, sum_1: bool
+) -> MoEConfig:
+    return MoEConfig(
+        num_experts=E,
+        top_k=N,
+        size=F,
+        scoring="sigmoid" if sigmoid else "softmax",
+        renormalize=sum_1,
+        correction_bias=sigmoid,
+        num_groups=groups,
+        top_groups=top,
+        group_top_k=2 if sigmoid else 1,
+        float32_router=bool(shared),
+        shared=MLPConfig(shared) if shared else None,
+    )
+
+
+def work(dtype: torch.dtype, T: int, D: int, F: int, E: int, N: int, shared: int, **router: Any) -> Work:
+    """Weights of as many experts as can have been chosen."""
+    moved = (E * D + 3 * D * (min(T * N, E) * F + shared) + 2 * T * D) * dtype.itemsize
+    flops = 2 * T * D * (E + 3 * (N * F + shared))
+    return Work(moved=moved, flops=flops, limit="product" if flops > BALANCE * moved else "read")
+
+
+def pyllama(
+    config: MoEConfig,
+    x: Tensor,
+    router: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+) -> Tensor:
+    weights = {
+        "router.weight": router,
+        "gate_up": gate_up,
+        "down": down,
+        "correction_bias": bias,
+        "shared.gate_up.weight": shared_gate_up,
+        "shared.down.weight": shared_down,
+    }
+    out: Tensor = call(skeleton(MoE, config, x.shape[1]), weights, x)[0]
+    return out
+
+
+def routed(config: MoEConfig, x: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[T, N]: weights and experts."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = x.to(wide) @ router.to(wide).T if config.float32_router else (x @ router.T).to(wide)
+    scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    if config.top_groups < config.num_groups:
+        by_group = choice.unflatten(1, (config.num_groups, -1))
+        best = by_group.topk(config.group_top_k, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
+        unseen = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter(1, best, False)
+        choice = by_group.masked_fill(unseen.unsqueeze(-1), float("-inf")).flatten(1)
+    experts = choice.topk(config.top_k, dim=-1).indices
+    weights = scores.gather(1, experts)
+    return weights / weights.sum(-1, keepdim=True) if config.renormalize else weights, experts
+
+
+def with_shared(out: Tensor, x: Tensor, gate_up: Tensor | None, down: Tensor | None) -> Tensor:
+    return out if gate_up is None or down is None else out + gated(x @ gate_up.T) @ down.T
+
+
+def loop(
+    config: MoEConfig, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None, *shared: Any
+) -> Tensor:
+    """Expert by expert, each with its tokens."""
+    shares, experts = routed(config, x, router, bias)
+    out = torch.zeros_like(x)
+    for e in experts.unique().tolist():
+        tokens, places = torch.where(experts == e)
+        of_expert = gated(x[tokens] @ gate_up[e].T) @ down[e].T
+        out = out.index_add(0, tokens, (of_expert * shares[tokens, places].unsqueeze(1)).to(x.dtype))
+    return with_shared(out, x, *shared)
+
+
+def formula(
+    config: MoEConfig, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None, *shared: Any
+) -> Tensor:
+    """Rows sorted by expert, for grouped_mm, which torch.compile knows in bfloat16 alone."""
+    grouped = linear.grouped_mm if x.dtype is torch.bfloat16 else linear.formula
+    shares, experts = routed(config, x, router, bias)
+    chosen, order = experts.flatten().sort(stable=True)
+    offsets = torch.searchsorted(chosen, torch.arange(config.num_experts + 1, device=x.device), out_int32=True)
+    out = grouped(gated(grouped(x[order // config.top_k], gate_up, offsets)), down, offsets)
+    of_tokens = out[order.argsort()].unflatten(0, (-1, config.top_k))
+    return with_shared((of_tokens * shares.unsqueeze(-1)).sum(1).to(x.dtype), x, *shared)
+
+
+def reference(
+    config: MoEConfig, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None, *shared: Any
+) -> Tensor:
+    """The last tokens, row by row."""
+    x = x[-LAST:].double()
+    shares, experts = routed(config, x, router.double(), None if bias is None else bias.double())
+    out = torch.zeros_like(x)
+    for t, n in product(range(len(x)), range(config.top_k)):
+        e = experts[t, n]
+        out[t] += shares[t, n] * (down[e].double() @ gated(gate_up[e].double() @ x[t]))
+    return with_shared(out, x, *(None if weight is None else weight.double() for weight in shared))
+
+
+LAYERS = {  # transformers' layer with such a router: scoring, whether weights are made to sum to 1, a shared expert
+    ("softmax", True, False): ("qwen3_moe", "Qwen3Moe", "SparseMoeBlock"),
+    ("softmax", False, True): ("deepseek_v2", "DeepseekV2", "Moe"),
+    ("sigmoid", True, True): ("deepseek_v3", "DeepseekV3", "MoE"),
+}
+
+
+def prepare(_: Any, config: MoEConfig, x: Tensor, *weights: Any) -> nn.Module | None:
+    found = LAYERS.get((config.scoring, config.renormalize, config.shared is not None))
+    if found is None:
+        return None
+    file, family, layer = found
+    module = import_module(f"transformers.models.{file}.modeling_{file}")
+    options = getattr(module, f"{family}Config")(
+        hidden_size=x.shape[1],
+        moe_intermediate_size=config.size,
+        num_experts=config.num_experts,
+        n_routed_experts=config.num_experts,
+        num_experts_per_tok=config.top_k,
+        n_shared_experts=config.shared.size // config.size if config.shared else 0,
+        n_group=config.num_groups,
+        topk_group=config.top_groups,
+        norm_topk_prob=config.renormalize,
+        routed_scaling_factor=1.0,
+        topk_method="greedy",
+    )
+    options._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        return getattr(module, family + layer)(options).eval()  # type: ignore[no-any-return]
+
+
+def theirs(
+    layer: nn.Module,
+    config: MoEConfig,
+    x: Tensor,
+    router: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+) -> Tensor:
+    shared_gate, shared_up = (None, None) if shared_gate_up is None else shared_gate_up.chunk(2)
+    weights = {
+        "gate.weight": router,
+        "gate.e_score_correction_bias": bias,
+        "experts.gate_up_proj": gate_up,
+        "experts.down_proj": down,
+        "shared_experts.gate_proj.weight": shared_gate,
+        "shared_experts.up_proj.weight": shared_up,
+        "shared_experts.down_proj.weight": shared_down,
+    }
+    out: Tensor = call(layer, weights, x[None])
+    return out[0]
+
+
+BENCH = Bench(
+    op="moe",
+    cases=cases,
+    inputs=inputs,
+    work=work,
+    pyllama=pyllama,
+    formula=formula,
+    torch=loop,
+    peers={"transformers": Peer("transformers:AutoConfig", theirs, prepare)},
+    reference=reference,
+    made_of=("topk_gate", "moe_dispatch", "grouped_swiglu", "grouped_linear", "moe_combine", "swiglu"),
+    gradients=(1, 2, 3, 4),
+    called=("torch",),
+)
