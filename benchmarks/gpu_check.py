@@ -126,6 +126,11 @@ def kernels() -> list[str]:
     return sorted({path.stem.removesuffix("_sm90") for path in (ROOT / "csrc").glob("*.cu")})
 
 
+def measured() -> list[str]:
+    """The benchmarks' names: the kernels', and those of whole layers."""
+    return sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("*/bench_*.py"))
+
+
 def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
     """The stage's steps, each made when the one before is over. end: when the stage must be, by `monotonic`."""
     python = sys.executable
@@ -147,7 +152,7 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
             yield Step(f"seed-{seed}", command, by_status, "tests.jsonl")
     elif stage == "bench":
         yield Step("limits", [python, "-m", "benchmarks.limits", "--output", out], by_status, "limits.jsonl")
-        names = kernels()
+        names = measured()
         for done, name in enumerate(names):  # each in a process of its own, as a fault ends all work of its process
             seconds = (end - monotonic()) / (len(names) - done) - CASE_SECONDS
             command = [python, "-m", "benchmarks", "--quick", "--op", name, "--json", out / "ops.jsonl"]

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
 
 from benchmarks import gpu_check  # noqa: E402
+from benchmarks.bench import benches  # noqa: E402
 from benchmarks.model_check import compare, cut_down, random_model  # noqa: E402
 from pyllama.architectures import read_config  # noqa: E402
 from pyllama.config import MLPConfig, ModelConfig, MoEConfig  # noqa: E402
@@ -156,6 +157,11 @@ def test_the_model_check_notices_a_wrong_kernel(tiny: ModelConfig) -> None:
         library._destroy()
     assert not row["passed"]
     assert row["ops_with_kernel"] == 1
+
+
+def test_everything_is_measured() -> None:
+    assert gpu_check.measured() == sorted(benches())
+    assert set(gpu_check.kernels()) < set(gpu_check.measured())
 
 
 def test_models_are_cut_down() -> None:
