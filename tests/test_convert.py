@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_loader import sparse_checkpoint
+from test_load_memory import sparse_checkpoint
 from tiny import write_checkpoint
 from typer.testing import CliRunner
 
