@@ -205,10 +205,12 @@ def copy_weights(
     Several tensors at once: a copy that torch divides among threads waits for the slowest of them, while others go on.
     """
 
-    @torch.no_grad()  # which holds for one thread
+    inference = torch.is_inference_mode_enabled()
+
     def copy(parameter: Tensor, part: Part) -> int:
-        place = parameter if part.expert is None else parameter[part.expert]
-        _copy_part(part, place[part.start : part.start + part.rows], checkpoint)
+        with torch.inference_mode(inference), torch.no_grad():  # which hold for one thread
+            place = parameter if part.expert is None else parameter[part.expert]
+            _copy_part(part, place[part.start : part.start + part.rows], checkpoint)
         return checkpoint.tensors[part.tensor].bytes
 
     tasks = [(parameters[name], part) for name, found in parts.items() for part in found]

@@ -248,6 +248,14 @@ def test_files_of_torch_save_give_the_same_model(name: str, folder: Path) -> Non
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_loading_within_inference_mode(folder: Path) -> None:
+    """Which holds for the calling thread alone, while several copy."""
+    expected = pyllama.load(folder, device="cpu").state_dict()
+    with torch.inference_mode():
+        found = pyllama.load(folder, device="cpu").state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_a_configuration_is_an_object(name: str, folder: Path) -> None:
     (folder / name).write_text("[1]")
