@@ -14,6 +14,7 @@ from pyllama.ops.grouped_swiglu import grouped_swiglu
 from pyllama.ops.moe_combine import moe_combine
 from pyllama.ops.moe_dispatch import moe_dispatch
 from pyllama.ops.product import product
+from pyllama.ops.registry import cast, compute_dtype
 from pyllama.ops.swiglu import swiglu
 from pyllama.ops.topk_gate import topk_gate
 
@@ -62,7 +63,7 @@ class MoE(nn.Module):
         weights_TN, experts_TN = topk_gate(
             logits_TE,
             config.top_k,
-            self.correction_bias,
+            None if self.correction_bias is None else cast(self.correction_bias, compute_dtype(self.correction_bias)),
             config.scoring,
             config.num_groups,
             config.top_groups,

@@ -12,7 +12,7 @@ from pyllama.ops.grouped_linear import grouped_linear
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    weight = torch.randn(4, 6, 8, dtype=dtype)
+    weight = torch.randn(4, 16, 8, dtype=dtype)
     yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 2, 2, 6, 7), int32(0, 3, 3, 1, 4, 0, 2)
     yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 0, 1, 5, 5)
     rows, scale = int32(0, 3, 3, 1), torch.rand(4, dtype=dtype) + 0.5

@@ -14,7 +14,7 @@ from pyllama.ops.registry import implementation
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    weight = torch.randn(4, 6, 8, dtype=dtype)
+    weight = torch.randn(4, 16, 8, dtype=dtype)
     yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 2, 2, 6, 7), int32(0, 3, 3, 1, 4, 0, 2)
     yield torch.randn(5, 8, dtype=dtype), weight, int32(0, 0, 1, 5, 5)
 

@@ -12,8 +12,8 @@ from pyllama.ops.registry import implementation
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    cache, table = torch.randn(6, 4, 6, dtype=dtype), torch.tensor([[3, 4], [5, -1]], dtype=torch.int32)
-    yield torch.randn(3, 4, 6, dtype=dtype), cache, table, int32(0, 2, 3), int32(7, 4), 2, 4, 0.3
+    cache, table = torch.randn(6, 4, 16, dtype=dtype), torch.tensor([[3, 4], [5, -1]], dtype=torch.int32)
+    yield torch.randn(3, 4, 16, dtype=dtype), cache, table, int32(0, 2, 3), int32(7, 4), 2, 8, 0.3
 
 
 def check(lengths: tuple[list[int], list[int]], H: int, rank: int, rope: int, dtype: torch.dtype, device: str) -> None:

@@ -16,7 +16,7 @@ from pyllama.ops.registry import implementation
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    H, K, rank, R = 3, 10, 12, 4
+    H, K, rank, R = 3, 16, 24, 8
     for options in ((), (1e-3, True)):
         q, latent = torch.randn(5, H, K, dtype=dtype), torch.randn(5, rank + R, dtype=dtype)
         cache, weight = torch.randn(6, 4, rank + R, dtype=dtype), torch.randn(rank, dtype=dtype)
