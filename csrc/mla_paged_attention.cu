@@ -199,9 +199,7 @@ Tensor mla_paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor
     if (rank % 8 != 0 || rank > max_rank || L % 8 != 0 || L > max_entry)
         arguments.fail("rank is ", rank, " and L ", L, ", but must be multiples of 8 up to ", max_rank, " and ",
                        max_entry);
-    int page_bits = 0;
-    while ((1 << page_bits) < S) ++page_bits;
-    if (S != 1 << page_bits) arguments.fail("S, the page size, is ", S, ", but must be a power of two");
+    const int bits = page_bits(arguments, S);
 
     Tensor out = torch::stable::new_empty(q, {q.size(0), H, rank});
     if (q.numel() == 0 || arguments["B"] == 0) return out;
@@ -215,7 +213,7 @@ Tensor mla_paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor
                                 arguments.data<int>("seq_lens", seq_lens),
                                 int(max_pages),
                                 int(L),
-                                page_bits};
+                                bits};
         if constexpr (std::is_same_v<T, float>) {
             run_plain<max_entry>(p, source, q, int(L), int(rank), device.stream);
         } else {

@@ -36,9 +36,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
     check_heads(arguments, window);
     arguments.rows_of_heads("q", q);
     const int64_t K = arguments["K"], G = arguments["G"], S = arguments["S"], max_pages = arguments["max_pages"];
-    int page_bits = 0;
-    while ((1 << page_bits) < S) ++page_bits;
-    if (S != 1 << page_bits) arguments.fail("S, the page size, is ", S, ", but must be a power of two");
+    const int bits = page_bits(arguments, S);
 
     Tensor out = torch::stable::new_empty(q, q.sizes());
     if (q.size(0) == 0 || arguments["B"] == 0) return out;
@@ -52,7 +50,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
                               arguments.data<int>("seq_lens", seq_lens),
                               int(max_pages),
                               int(K),
-                              page_bits,
+                              bits,
                               S * K,
                               G * S * K,
                               2 * G * S * K};

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pyllama.files import CheckpointError, check_file, few, printable
+from pyllama.files import CheckpointError, check_file, damaged, few, printable
 from pyllama.torch_file import MAX_HEADER, NAMES, load_state_dict
 
 INDEX = "model.safetensors.index.json"
@@ -124,10 +124,7 @@ def _open_safetensors(file: Path, stack: ExitStack) -> tuple[Headers, Callable[[
         if wrong := [name for name, (shape, _) in headers.items() if any(n >= 2**63 for n in shape)]:
             raise ValueError(f"{few(wrong)} of impossible sizes")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} ({size:,} bytes) is not a complete safetensors file: {printable(str(error))}. "
-            "It may be truncated or damaged; download it again"
-        ) from error
+        raise damaged(file, "safetensors file", error) from error
     except RuntimeError as error:  # Linux maps no file that is larger than the main memory
         raise MemoryError(f"{file} ({size:,} bytes) cannot be mapped: {error}") from error
     return headers, reader.get_tensor

@@ -42,6 +42,14 @@ def check_file(file: Path, most: int | None = None) -> int:
     return size
 
 
+def damaged(file: Path, kind: str, error: Exception) -> CheckpointError:
+    """The exception for a file that is not what its name says: of this kind, and whole."""
+    return CheckpointError(
+        f"{file} ({file.stat().st_size:,} bytes) is not a complete {kind}: {printable(str(error))}. "
+        "It may be truncated or damaged; download it again"
+    )
+
+
 def few(names: Collection[str]) -> str:
     """The first names, fit to be printed, and how many more there are."""
     return ", ".join(map(printable, sorted(names)[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -48,6 +48,9 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, config.hidden_size, config.norm_eps) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        ropes = [layer.attention.rope for layer in config.layers]
+        self._ropes = list(dict.fromkeys(ropes))  # most models have one
+        self._rope_of = [self._ropes.index(rope) for rope in ropes]  # of each layer
         # Positions and table of each RoPE, derived from the config, grown as contexts need it.
         self._tables: dict[RopeConfig, tuple[int, Tensor]] = {}
 
@@ -95,12 +98,10 @@ class Model(nn.Module):
     def _hidden(self, token_ids: Tensor, batch: Packed, cache: PagedCache | None) -> tuple[Tensor, list[Routing]]:
         x_TD, residual_TD = embedding(self.embedding.weight, token_ids), None
         routings = []
-        ropes = dict.fromkeys(layer.attention.rope for layer in self.config.layers)
-        rotations = {rope: self._rotation(rope, batch) for rope in ropes}
+        rotations = [self._rotation(rope, batch) for rope in self._ropes]
         for i, layer in enumerate(self.layers):
-            rotation = rotations[self.config.layers[i].attention.rope]
             kv_cache = None if cache is None else cache.layers[i]
-            x_TD, residual_TD, routing = layer(x_TD, residual_TD, batch, rotation, kv_cache)
+            x_TD, residual_TD, routing = layer(x_TD, residual_TD, batch, rotations[self._rope_of[i]], kv_cache)
             if routing is not None:
                 routings.append(routing)
         return self.norm.add(x_TD, residual_TD)[0], routings

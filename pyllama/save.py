@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from pyllama.checkpoint import DTYPES, INDEX
 from pyllama.config import ModelConfig
-from pyllama.weights import Rule, WeightTable
+from pyllama.weights import WeightTable
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -46,7 +45,9 @@ def unstack(
     value: the parameter, or its slice for the expert `expert`. Returns views of it where its rows keep their order.
     Raises ValueError where no rule is for the parameter.
     """
-    rule, layer = _rule(table, parameter)
+    if (matching := table.rule_for(parameter)) is None:
+        raise ValueError(f"no rule of the table is for {parameter}")
+    rule, layer = matching
     if expert is None and "{e}" in rule.sources[0]:
         slices = (unstack(table, config, parameter, one, e) for e, one in enumerate(value))
         return {name: tensor for found in slices for name, tensor in found.items()}
@@ -60,15 +61,6 @@ def unstack(
         source.format(i=layer, e=expert): _interleaved(tensor, head_dim) if head_dim else tensor
         for source, tensor, head_dim in zip(rule.sources, tensors, heads, strict=True)
     }
-
-
-def _rule(table: WeightTable, parameter: str) -> tuple[Rule, str | None]:
-    """The first rule for the parameter, and which layer's it is."""
-    for rule in table.rules:
-        pattern = re.escape(rule.target).replace(r"\{i\}", r"(?P<i>\d+)")
-        if match := re.fullmatch(pattern, parameter):
-            return rule, match.groupdict().get("i")
-    raise ValueError(f"no rule of the table is for {parameter}")
 
 
 def _interleaved(tensor: Tensor, head_dim: int) -> Tensor:

@@ -117,7 +117,7 @@ class CachedContext:
         self._batch = self._decoding_batch(torch.tensor(lengths, dtype=torch.int32, device=model.device))
         # Past this length RoPE changes for all of a sequence's tokens. Only then are the tokens so far needed.
         self._switch = model.config.rope_switch
-        self._texts = [list(prompt) if self._switch else [] for prompt in prompts for _ in range(n)]
+        self._texts = [list(prompt) for prompt in prompts for _ in range(n)] if self._switch else []
 
     def prefill(self) -> Tensor:
         lengths = [len(prompt) for prompt in self._prompts]
@@ -135,7 +135,8 @@ class CachedContext:
     def keep(self, rows: Tensor) -> None:
         self._block_table = self._block_table[rows]
         self._batch = self._decoding_batch(self._batch.seq_lens[rows])
-        self._texts = [self._texts[row] for row in rows.tolist()]
+        if self._switch is not None:
+            self._texts = [self._texts[row] for row in rows.tolist()]
 
     def _compute(self, texts: Sequence[Sequence[int]], block_table: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits [B, V] after each text, whose keys and values go into the cache; it is to be `lengths` long."""

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyllama.files import CheckpointError, few, printable
+from pyllama.files import CheckpointError, damaged, few, printable
 
 MAX_HEADER = 2**24  # bytes of the pickle, and of the archive's directory: a hundred thousand tensors
 MAX_OPERATIONS = 2**21  # of the pickle
+_KIND = "file of torch.save"
 WRAPPERS = ("model", "state_dict", "module", "model_state_dict")  # where training frameworks put the weights
 
 # safetensors' names of data types.
@@ -91,7 +92,7 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         if "mmap" in str(error):
             raise MemoryError(f"{file} ({file.stat().st_size:,} bytes) cannot be mapped: {error}") from error
-        raise _damaged(file, error) from error
+        raise damaged(file, _KIND, error) from error
     return tensors
 
 
@@ -167,7 +168,7 @@ def _records(file: Path, opened: Any) -> dict[str, tuple[int, int]]:
         raise
     # Besides what zipfile says of damage: IndexError of an empty archive, the others of offsets beyond the file.
     except (zipfile.BadZipFile, ValueError, struct.error, IndexError, OSError, OverflowError, RuntimeError) as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, _KIND, error) from error
     if records.get("data.pkl", (0, 0))[1] not in range(1, MAX_HEADER + 1):
         raise CheckpointError(f"{file} has no record data.pkl of at most {MAX_HEADER:,} bytes, as a state dict has")
     return records
@@ -215,7 +216,7 @@ class _Pickle:
             raise
         # An empty stack, an unknown memo, a list where a dict belongs, bytes that are no instruction.
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise _damaged(self.file, error) from error
+            raise damaged(self.file, _KIND, error) from error
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self.stack
@@ -353,11 +354,3 @@ _GLOBALS: dict[str, Any] = {
     **{name: _StorageType(dtype) for name, dtype in _STORAGES.items()},
     **_DTYPES,
 }
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    size = file.stat().st_size
-    return CheckpointError(
-        f"{file} ({size:,} bytes) is not a complete file of torch.save: {printable(str(error))}. "
-        "It may be truncated or damaged; download it again"
-    )

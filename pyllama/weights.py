@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Rule:
 
     {i} stands for any layer. {e}, in sources only, stands for every expert and becomes the parameter's first
     dimension. `shard` is the dimension of the parameter that tensor parallelism splits, in each source by
-    itself; None: every device holds all of it. A checkpoint that comes in such shards is joined along it.
+    itself; None: every device holds all of it.
     `interleaved` is for weights of queries and keys made for RoPE over pairs (2i, 2i + 1): of each source the head
     size K, or 0; its rows are put in the order of pairs (i, i + K/2) of each head.
     """
@@ -65,6 +66,13 @@ class WeightTable:
     tied: tuple[tuple[str, str], ...] = ()
     scales: BlockScales | None = None
 
+    def rule_for(self, parameter: str) -> tuple[Rule, str | None] | None:
+        """The first rule for the parameter, and which layer's it is; None where there is none."""
+        for rule in self.rules:
+            if match := _pattern(rule.target).fullmatch(parameter):
+                return rule, match.groupdict().get("i")
+        return None
+
 
 @dataclass(frozen=True)
 class Part:
@@ -86,19 +94,17 @@ def plan(
 
     Raises CheckpointError with the names of missing, left over and wrongly shaped tensors.
     """
-    rules = [(_pattern(rule.target), rule) for rule in table.rules]
     parts: dict[str, list[Part]] = {name: [] for name in parameters}
     wanted: set[str] = set()
     misfits: list[str] = []
     for parameter, shape in parameters.items():
-        matches = ((pattern.fullmatch(parameter), rule) for pattern, rule in rules)
-        match, rule = next(((match, rule) for match, rule in matches if match), (None, None))
-        if match is None or rule is None:
+        if (matching := table.rule_for(parameter)) is None:
             wanted.add(f"a rule for the parameter {parameter}")
             continue
+        rule, layer = matching
         by_expert = any("{e}" in source for source in rule.sources)
         for expert in range(shape[0]) if by_expert else [None]:
-            names = [source.format(e=expert, **match.groupdict()) for source in rule.sources]
+            names = [source.format(e=expert, i=layer) for source in rule.sources]
             wanted.update(names)
             if any(name not in tensors for name in names):
                 continue
@@ -257,6 +263,7 @@ def _multiply_out(tensor: Tensor, scales: Tensor, blocks: BlockScales, like: Ten
     return out
 
 
+@cache
 def _pattern(name: str) -> re.Pattern[str]:
     """`layers.{i}.norm` as a regular expression whose group `i` is a number; `*` is anything."""
     return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", ".*"), re.DOTALL)

@@ -314,6 +314,14 @@ Problem<T> make_problem(const Arguments& arguments, const Tensor& q, const Tenso
     return p;
 }
 
+// Pages have 1 << page_bits(S) tokens.
+inline int page_bits(const Arguments& arguments, int64_t S) {
+    int bits = 0;
+    while ((1 << bits) < S) ++bits;
+    if (S != 1 << bits) arguments.fail("S, the page size, is ", S, ", but must be a power of two");
+    return bits;
+}
+
 inline void check_heads(const Arguments& arguments, std::optional<int64_t> window) {
     const int64_t H = arguments["H"], G = arguments["G"];
     if (G == 0 || H % G != 0) arguments.fail("q has H = ", H, " heads, but must have a multiple of the keys' G = ", G);

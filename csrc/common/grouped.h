@@ -231,14 +231,19 @@ __global__ void __launch_bounds__(plain_tile* plain_tile) grouped_plain(const Gr
     }
 }
 
+// As many blocks as there can be tiles, whatever the groups' sizes, and `most` at most.
+template <class T>
+unsigned grouped_blocks(const Grouped<T>& p, int rows, int columns, int64_t most) {
+    const int64_t tiles = (int64_t(p.M) / rows + std::min(p.E, p.M)) * ((p.F + columns - 1) / columns);
+    return unsigned(std::min(tiles, most));
+}
+
 template <class P, bool gated>
 void launch_grouped_tensor(const Grouped<typename P::T>& p, cudaStream_t stream) {
-    constexpr int width = gated ? P::columns / 2 : P::columns;
-    const int64_t most = (int64_t(p.M) / P::rows + std::min(p.E, p.M)) * ((p.F + width - 1) / width);
     constexpr size_t smem = sizeof(typename P::Shared);
-    const int blocks = std::max(int(size_t(200) * 1024 / smem), 1) * multiprocessors();
-    launch(grouped_tensor<P, gated>, {dim3(unsigned(std::min<int64_t>(most, blocks))), dim3(P::threads), smem, stream},
-           p);
+    const int at_once = std::max(int(size_t(200) * 1024 / smem), 1) * multiprocessors();
+    const unsigned blocks = grouped_blocks(p, P::rows, gated ? P::columns / 2 : P::columns, at_once);
+    launch(grouped_tensor<P, gated>, {dim3(blocks), dim3(P::threads), smem, stream}, p);
 }
 
 // The tile, by how many rows a group has if they are spread evenly.
@@ -251,8 +256,7 @@ void run_grouped(const Grouped<T>& p, cudaStream_t stream) {
 }
 template <bool gated>
 void run_grouped(const Grouped<float>& p, cudaStream_t stream) {
-    const int64_t most = (int64_t(p.M) / plain_tile + std::min(p.E, p.M)) * ((p.F + plain_tile - 1) / plain_tile);
-    const unsigned blocks = unsigned(std::min<int64_t>(most, 8 * multiprocessors()));
+    const unsigned blocks = grouped_blocks(p, plain_tile, plain_tile, 8 * multiprocessors());
     launch(grouped_plain<gated>, {dim3(blocks), dim3(plain_tile * plain_tile), 0, stream}, p);
 }
 

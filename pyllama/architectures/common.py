@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pyllama.architectures.reader import REQUIRED, Reader
+from pyllama.architectures.reader import Reader
 from pyllama.config import (
     AttentionConfig,
     FFNConfig,
@@ -110,20 +110,13 @@ def read_attention(
     return GQAConfig(heads, kv_heads, size, rope, **options)
 
 
-def read_windows(reader: Reader, layers: int, window: int | None, slides: Callable[[int], bool]) -> list[int | None]:
-    """Each layer's sliding window: `window` where `layer_types` or, without them, `slides` says so of the layer."""
+def read_windows(
+    reader: Reader, attention: GQAConfig, layers: int, window: int | None, slides: Callable[[int], bool]
+) -> list[GQAConfig]:
+    """Each layer's attention: with the window where `layer_types` or, without them, `slides` says so of the layer."""
     kinds = reader.strings("layer_types", ("sliding_attention", "full_attention"), layers)
     sliding = [slides(i) for i in range(layers)] if kinds is None else [kind == "sliding_attention" for kind in kinds]
-    return [window if slide else None for slide in sliding]
-
-
-def read_experts(reader: Reader, key: str, *, experts: int = REQUIRED, top_k: int = REQUIRED) -> tuple[int, int]:
-    """(experts, experts per token); `key` has the number of experts, the others are transformers' defaults."""
-    experts = reader.integer(key, default=experts)
-    top_k = reader.integer("num_experts_per_tok", default=top_k)
-    if top_k > experts:
-        raise reader.refusal("num_experts_per_tok", f"there are only {experts} experts")
-    return experts, top_k
+    return [replace(attention, window=window if slide else None) for slide in sliding]
 
 
 def read_rope(

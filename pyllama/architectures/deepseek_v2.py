@@ -8,13 +8,19 @@ from __future__ import annotations
 from pyllama.architectures.common import (
     Family,
     read_decoder,
-    read_experts,
     read_positions,
     read_rope,
     weight_table,
     yarn_magnitude,
 )
-from pyllama.architectures.experts import EXPERTS, read_dense_first, read_groups, read_shared, shared_expert
+from pyllama.architectures.experts import (
+    EXPERTS,
+    read_dense_first,
+    read_experts,
+    read_groups,
+    read_shared,
+    shared_expert,
+)
 from pyllama.architectures.reader import Reader
 from pyllama.config import FFNConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, YarnScaling
 from pyllama.weights import Rule, WeightTable

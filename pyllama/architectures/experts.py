@@ -1,11 +1,40 @@
-"""What families with mixtures of experts share: which layers have one, groups, the usual names."""
+"""What families with mixtures of experts share: how many there are, which layers have them, the usual names."""
 
 from __future__ import annotations
 
-from pyllama.architectures.common import read_experts
 from pyllama.architectures.reader import REQUIRED, Reader
 from pyllama.config import FFNConfig, MLPConfig, MoEConfig
 from pyllama.weights import Rule
+
+
+def read_experts(reader: Reader, key: str, *, experts: int = REQUIRED, top_k: int = REQUIRED) -> tuple[int, int]:
+    """(experts, experts per token); `key` has the number of experts, the others are transformers' defaults."""
+    experts = reader.integer(key, default=experts)
+    top_k = reader.integer("num_experts_per_tok", default=top_k)
+    if top_k > experts:
+        raise reader.refusal("num_experts_per_tok", f"there are only {experts} experts")
+    return experts, top_k
+
+
+def read_softmax_experts(
+    reader: Reader,
+    key: str,
+    *,
+    experts: int = REQUIRED,
+    top_k: int = REQUIRED,
+    size: str = "moe_intermediate_size",
+    renormalize: bool = False,
+    aux_loss_coef: float = 0.001,
+) -> MoEConfig:
+    """Experts chosen by softmax; `key` has their number, `size` their size, the others are transformers' defaults."""
+    experts, top_k = read_experts(reader, key, experts=experts, top_k=top_k)
+    return MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        size=reader.integer(size),
+        renormalize=reader.boolean("norm_topk_prob", default=renormalize),
+        aux_loss_coef=reader.number("router_aux_loss_coef", default=aux_loss_coef, zero=True),
+    )
 
 
 def read_sparse_layers(reader: Reader, layers: int, mlp: MLPConfig, moe: MoEConfig) -> list[FFNConfig]:

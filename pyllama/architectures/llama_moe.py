@@ -6,17 +6,12 @@ weighted sum of the `num_experts_per_tok` experts that a softmax router prefers.
 
 from __future__ import annotations
 
-from pyllama.architectures.common import (
-    Family,
-    read_attention,
-    read_decoder,
-    read_experts,
-    read_positions,
-    weight_table,
-)
-from pyllama.architectures.experts import EXPERTS, shared_expert
+from dataclasses import replace
+
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
+from pyllama.architectures.experts import EXPERTS, read_softmax_experts, shared_expert
 from pyllama.architectures.reader import Reader
-from pyllama.config import MLPConfig, ModelConfig, MoEConfig
+from pyllama.config import MLPConfig, ModelConfig
 
 
 def read(reader: Reader) -> ModelConfig:
@@ -24,15 +19,10 @@ def read(reader: Reader) -> ModelConfig:
     bias = reader.boolean("attention_bias", default=False)
     positions = read_positions(reader, 2048)
     attention = read_attention(reader, positions=positions, rope_theta=10_000.0, qkv_bias=bias, out_bias=bias)
-    experts, top_k = read_experts(reader, "num_local_experts")
     shared = reader.integer("shared_expert_intermediate_size", null=None)
-    ffn = MoEConfig(
-        num_experts=experts,
-        top_k=top_k,
-        size=reader.integer("moe_intermediate_size"),
-        renormalize=reader.boolean("norm_topk_prob", default=True),
+    ffn = replace(
+        read_softmax_experts(reader, "num_local_experts", renormalize=True),
         shared=None if shared is None else MLPConfig(shared),
-        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001, zero=True),
     )
     layers = reader.layers()
     return read_decoder(reader, [attention] * layers, [ffn] * layers, positions=positions, norm_eps=1e-6)

@@ -6,7 +6,6 @@ consolidated.safetensors) have Meta's names (github.com/mistralai/mistral-infere
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from pyllama.architectures.common import (
@@ -29,9 +28,8 @@ def read(reader: Reader) -> ModelConfig:
     window = reader.integer("sliding_window", default=4096, null=None)
     positions = read_positions(reader, 131072)
     attention = read_attention(reader, positions=positions, rope_theta=10_000.0, kv_heads=8)
-    windows = read_windows(reader, layers, window, lambda layer: True)
+    attentions = read_windows(reader, attention, layers, window, lambda layer: True)
     ffn = MLPConfig(reader.integer("intermediate_size"))
-    attentions = [replace(attention, window=window) for window in windows]
     return read_decoder(reader, attentions, [ffn] * layers, positions=positions, norm_eps=1e-6)
 
 

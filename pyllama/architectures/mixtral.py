@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from pyllama.architectures.common import (
-    Family,
-    read_attention,
-    read_decoder,
-    read_experts,
-    read_positions,
-    weight_table,
-)
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
+from pyllama.architectures.experts import read_experts
 from pyllama.architectures.reader import Reader
 from pyllama.config import ModelConfig, MoEConfig
 from pyllama.weights import Rule

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from pyllama.architectures.common import (
-    Family,
-    read_attention,
-    read_decoder,
-    read_experts,
-    read_positions,
-    weight_table,
-)
-from pyllama.architectures.experts import EXPERTS
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
+from pyllama.architectures.experts import EXPERTS, read_softmax_experts
 from pyllama.architectures.reader import Reader
-from pyllama.config import ModelConfig, MoEConfig
+from pyllama.config import ModelConfig
 
 
 def read(reader: Reader) -> ModelConfig:
@@ -28,14 +21,7 @@ def read(reader: Reader) -> ModelConfig:
         qk_norm="whole",
         clip=reader.number("clip_qkv", default=None, null=None),
     )
-    experts, top_k = read_experts(reader, "num_experts", experts=64, top_k=8)
-    ffn = MoEConfig(
-        num_experts=experts,
-        top_k=top_k,
-        size=reader.integer("intermediate_size"),
-        renormalize=reader.boolean("norm_topk_prob", default=False),
-        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.01, zero=True),
-    )
+    ffn = read_softmax_experts(reader, "num_experts", experts=64, top_k=8, size="intermediate_size", aux_loss_coef=0.01)
     layers = reader.layers()
     return read_decoder(reader, [attention] * layers, [ffn] * layers, positions=positions, norm_eps=1e-5)
 

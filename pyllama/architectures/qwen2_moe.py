@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pyllama.architectures.common import (
-    Family,
-    read_attention,
-    read_decoder,
-    read_experts,
-    read_positions,
-    weight_table,
-)
-from pyllama.architectures.experts import EXPERTS, read_sparse_layers, shared_expert
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
+from pyllama.architectures.experts import EXPERTS, read_softmax_experts, read_sparse_layers, shared_expert
 from pyllama.architectures.qwen import read_qwen_windows
 from pyllama.architectures.reader import Reader
-from pyllama.config import MLPConfig, ModelConfig, MoEConfig
+from pyllama.config import MLPConfig, ModelConfig
 
 
 def read(reader: Reader) -> ModelConfig:
@@ -25,19 +18,10 @@ def read(reader: Reader) -> ModelConfig:
     bias = reader.boolean("qkv_bias", default=True)
     attention = read_attention(reader, positions=positions, rope_theta=10_000.0, kv_heads=16, qkv_bias=bias)
     # Not as in Qwen2: every other layer of the first ones.
-    windows = read_qwen_windows(reader, layers, lambda layer, bound: layer % 2 == 0 and layer < bound)
-    experts, top_k = read_experts(reader, "num_experts", experts=60, top_k=4)
-    moe = MoEConfig(
-        num_experts=experts,
-        top_k=top_k,
-        size=reader.integer("moe_intermediate_size"),
-        renormalize=reader.boolean("norm_topk_prob", default=False),
-        shared=MLPConfig(reader.integer("shared_expert_intermediate_size")),
-        shared_gate=True,
-        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001, zero=True),
-    )
+    attentions = read_qwen_windows(reader, attention, layers, lambda layer, bound: layer % 2 == 0 and layer < bound)
+    shared = MLPConfig(reader.integer("shared_expert_intermediate_size"))
+    moe = replace(read_softmax_experts(reader, "num_experts", experts=60, top_k=4), shared=shared, shared_gate=True)
     ffns = read_sparse_layers(reader, layers, MLPConfig(reader.integer("intermediate_size")), moe)
-    attentions = [replace(attention, window=window) for window in windows]
     return read_decoder(reader, attentions, ffns, positions=positions, norm_eps=1e-6)
 
 

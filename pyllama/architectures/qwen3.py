@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
 from pyllama.architectures.qwen import read_qwen_windows
 from pyllama.architectures.reader import Reader
@@ -25,9 +23,8 @@ def read(reader: Reader) -> ModelConfig:
         out_bias=bias,
         qk_norm="head",
     )
-    windows = read_qwen_windows(reader, layers, lambda layer, bound: layer >= bound)
+    attentions = read_qwen_windows(reader, attention, layers, lambda layer, bound: layer >= bound)
     ffn = MLPConfig(reader.integer("intermediate_size"))
-    attentions = [replace(attention, window=window) for window in windows]
     return read_decoder(reader, attentions, [ffn] * layers, positions=positions, norm_eps=1e-6)
 
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from pyllama.architectures.common import (
-    Family,
-    read_attention,
-    read_decoder,
-    read_experts,
-    read_positions,
-    weight_table,
-)
-from pyllama.architectures.experts import EXPERTS, read_sparse_layers
+from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
+from pyllama.architectures.experts import EXPERTS, read_softmax_experts, read_sparse_layers
 from pyllama.architectures.reader import Reader
-from pyllama.config import MLPConfig, ModelConfig, MoEConfig
+from pyllama.config import MLPConfig, ModelConfig
 
 
 def read(reader: Reader) -> ModelConfig:
@@ -35,14 +28,7 @@ def read(reader: Reader) -> ModelConfig:
     )
     # transformers 5 writes num_local_experts, the publisher num_experts.
     key = "num_local_experts" if "num_local_experts" in reader else "num_experts"
-    experts, top_k = read_experts(reader, key, experts=128, top_k=8)
-    moe = MoEConfig(
-        num_experts=experts,
-        top_k=top_k,
-        size=reader.integer("moe_intermediate_size"),
-        renormalize=reader.boolean("norm_topk_prob", default=False),
-        aux_loss_coef=reader.number("router_aux_loss_coef", default=0.001, zero=True),
-    )
+    moe = read_softmax_experts(reader, key, experts=128, top_k=8)
     ffns = read_sparse_layers(reader, layers, MLPConfig(reader.integer("intermediate_size")), moe)
     return read_decoder(reader, [attention] * layers, ffns, positions=positions, norm_eps=1e-6)
 

@@ -6,13 +6,8 @@ from torch import Tensor
 from pyllama.ops.registry import op
 
 
-def _nothing(*args: object) -> None:
-    """The fake: the op returns nothing."""
-
-
 @op(
     "(Tensor(a!) positions, Tensor(b!) seq_lens, Tensor(c!) slots, Tensor block_table, int page_size) -> ()",
-    fake=_nothing,
     positions="int32: B",
     seq_lens="int32: B",
     slots="int32: B",

@@ -13,14 +13,9 @@ from pyllama.ops.rms_norm import normalised
 from pyllama.ops.rope import rotated
 
 
-def _nothing(*args: object) -> None:
-    """The fake: the op returns nothing."""
-
-
 @op(
     "(Tensor(a!) q, Tensor latent, Tensor(b!) kv_cache, Tensor weight, Tensor positions, Tensor slots, "
     "Tensor cos_sin, float eps=1e-6, bool interleaved=False) -> ()",
-    fake=_nothing,
     q="T H K",
     latent="T L",
     kv_cache="P S L",

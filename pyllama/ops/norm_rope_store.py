@@ -13,14 +13,9 @@ from pyllama.ops.rms_norm import normalised
 from pyllama.ops.rope import rotated
 
 
-def _nothing(*args: object) -> None:
-    """The fake: the op returns nothing."""
-
-
 @op(
     "(Tensor(a!) qkv, Tensor(b!) kv_cache, Tensor positions, Tensor slots, Tensor? cos_sin=None, "
     "Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, bool interleaved=False) -> ()",
-    fake=_nothing,
     qkv="T features",
     kv_cache="P 2 G S K",
     positions="int32: T",
