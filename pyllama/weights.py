@@ -256,7 +256,7 @@ def _multiply_out(tensor: Tensor, scales: Tensor, blocks: BlockScales, like: Ten
     """Each element times its block's scale, in float32; on `like`'s device and in its data type."""
     rows, columns = tensor.shape
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    scales = scales.to(like.device, torch.float32).repeat_interleave(blocks.columns, dim=1)[:, :columns]
+    scales = scales.to(like.device, torch.float32).repeat_interleave(min(blocks.columns, columns), dim=1)[:, :columns]
     for start, scale in zip(range(0, rows, blocks.rows), scales, strict=True):
         band = slice(start, start + blocks.rows)
         out[band] = tensor[band].to(like.device).float() * scale

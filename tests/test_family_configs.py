@@ -227,6 +227,8 @@ def test_code_that_comes_with_a_known_class_is_not_needed() -> None:
         (PHI3, {"lm_head_bias": True}, "lm_head_bias = True: only False"),
         (PHI3, {"full_attn_mod": 2}, "full_attn_mod = 2: only 1"),
         (PHI3, {"partial_rotary_factor": 1.5}, "partial_rotary_factor = 1.5: .*24 of 16"),
+        (PHI3, {"partial_rotary_factor": 1e308}, "partial_rotary_factor = 1e[+]308: .*2147483647 of 16"),
+        (PHI3, {"rope_theta": 10**400}, "rope_theta must be a positive number"),
         (PHI3, {"partial_rotary_factor": 0.2}, "partial_rotary_factor = 0.2: .*3 of 16"),
         (PHI3, {"rope_scaling": LONG | {"short_factor": [1.0]}}, "short_factor must be a list of 8 positive numbers"),
         (PHI3, {"rope_scaling": {"type": "longrope"}}, "lacks rope_scaling.short_factor"),
@@ -263,11 +265,39 @@ def test_code_that_comes_with_a_known_class_is_not_needed() -> None:
         (GLM, {"first_k_dense_replace": -1}, "first_k_dense_replace must be a positive integer or 0"),
         (GLM, {"n_shared_experts": 0}, "n_shared_experts must be a positive integer"),
         (GLM, {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        (GLM, {"num_nextn_predict_layers": 2**31 - 1}, "num_nextn_predict_layers must be 64 at most"),
+        (QWEN3, {"rope_theta": 1, "rope_scaling": YARN}, "rope_theta = 1: all dimensions would turn alike"),
+        (
+            PHI3,
+            {"original_max_position_embeddings": 1, "rope_scaling": LONG},
+            "original_max_position_embeddings = 1: no context",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused(config: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(config, **changes)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 970])
+def test_values_nested_deeply_are_refused_like_others(depth: int) -> None:
+    """Within what JSON's reader takes, which is near the interpreter's own limit."""
+    nested: Any = 1
+    for _ in range(depth):
+        nested = {"a": nested}
+    with pytest.raises(ConfigError, match="not known and may change what the model computes: x = "):
+        read(QWEN3, x=nested)
+    assert read_config(QWEN3 | {"x": nested}, ["x"])[0] == read(QWEN3)
+
+
+def test_the_longest_context_is_what_ops_count_to() -> None:
+    assert read(QWEN3, rope_scaling=YARN | {"factor": 1e308}).max_positions == 2**31 - 1
+
+
+def test_many_dense_layers_are_looked_up_fast() -> None:
+    """In a list, each layer would be sought among a million."""
+    config = read(QWEN3_MOE, num_hidden_layers=60_000, mlp_only_layers=list(range(100_000, 1_100_000)))
+    assert all(sparse(config))
 
 
 @pytest.mark.parametrize("config", NEW, ids=lambda config: config["model_type"])

@@ -32,7 +32,11 @@ TENSORS = {
     "b": torch.arange(5).to(torch.bfloat16),
     "c": torch.tensor(7.0, dtype=torch.float64),
 }
-NUMBERS = st.sampled_from([-1, 0, 1, 3, 4, 8, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64, 10**30, 1.5]) | st.integers()
+NUMBERS = (
+    st.sampled_from([-1, 0, 1, 3, 4, 8, 2**16, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64, 10**30, 10**400])
+    | st.sampled_from([1.5, 1e-308, 1e308])
+    | st.integers()
+)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),

@@ -277,6 +277,14 @@ def test_8_bit_weights_are_multiplied_by_their_scales(
     assert torch.equal(found["gate_up"][rows:], files["up.weight"].to(dtype))
 
 
+def test_blocks_larger_than_any_memory_take_none(tmp_path: Path) -> None:
+    stored, scales, _ = eight_bits(7, 3)
+    write(tmp_path, {"gate.weight": stored, "gate.weight_scale_inv": scales})
+    table = WeightTable((Rule("gate", ("gate.weight",), 0),), scales=BlockScales(2**31 - 1, 2**31 - 1))
+    found = load(tmp_path, table=table, parameters={"gate": torch.Size((7, 3))})
+    assert torch.equal(found["gate"], stored.float() * scales)
+
+
 @pytest.mark.parametrize("dimension", [0, 1])
 def test_8_bit_pieces_have_scales_of_their_own(dimension: int, tmp_path: Path) -> None:
     """Each rank's blocks begin anew at its piece, and may be cut at its end."""

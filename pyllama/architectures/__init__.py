@@ -64,8 +64,11 @@ def hugging_face_config(
 
 
 def _without(values: dict[str, Any], ignored: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    """The values without the ignored keys; objects are entered only where one of their keys is ignored."""
     return {
-        key: _without(value, ignored, f"{prefix}{key}.") if isinstance(value, dict) else value
+        key: _without(value, ignored, f"{prefix}{key}.")
+        if isinstance(value, dict) and any(path.startswith(f"{prefix}{key}.") for path in ignored)
+        else value
         for key, value in values.items()
         if prefix + key not in ignored
     }

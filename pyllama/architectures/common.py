@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyllama.architectures.reader import Reader
+from pyllama.architectures.reader import Reader, whole
 from pyllama.config import (
     AttentionConfig,
     FFNConfig,
@@ -67,7 +67,7 @@ def read_decoder(
     for attention in attentions:
         if attention.rope is not None and isinstance(attention.rope.scaling, YarnScaling):
             # Qwen2.5's and Qwen3's cards switch YaRN on and leave the context as it was.
-            context = max(context, int(attention.rope.scaling.factor * attention.rope.scaling.original_max_positions))
+            context = max(context, whole(attention.rope.scaling.factor * attention.rope.scaling.original_max_positions))
     return ModelConfig(
         vocab_size=reader.integer("vocab_size"),
         hidden_size=reader.integer("hidden_size"),
@@ -148,6 +148,10 @@ def read_rope(
     # Phi-3 has its original context beside rope_scaling, not in it, and there it counts more.
     original = found.integer("original_max_position_embeddings", default=original or positions)
     original = reader.integer("original_max_position_embeddings", default=original)
+    if kind == "yarn" and theta == 1:
+        raise reader.refusal("rope_theta", "all dimensions would turn alike, and YaRN tells them apart")
+    if kind == "longrope" and original == 1:
+        raise reader.refusal("original_max_position_embeddings", "no context, which LongRoPE makes longer")
     scaling, magnitude = _SCALINGS[kind](found, original, positions, dim)
     return RopeConfig(theta, dim, interleaved, scaling, magnitude)
 
@@ -158,7 +162,7 @@ def read_rotated(reader: Reader, head_dim: int, default: float) -> int:
     found = _rope_object(reader)
     if found is not None:
         factor = found.number("partial_rotary_factor", default=factor)
-    dim = int(head_dim * factor)
+    dim = whole(head_dim * factor)
     if dim % 2 or not 0 < dim <= head_dim:
         raise reader.refusal("partial_rotary_factor", f"RoPE rotates pairs, and {dim} of {head_dim} is not possible")
     return dim

@@ -70,7 +70,8 @@ def read_latent_attention(reader: Reader, *, positions: int, interleaved: bool =
     rope = read_rope(reader, dim, 10_000.0, positions=positions, interleaved=interleaved)
     scale = (nope + dim) ** -0.5
     if isinstance(rope.scaling, YarnScaling):
-        scale *= yarn_magnitude(rope.scaling.factor, _read_mscale(reader)) ** 2
+        magnitude = yarn_magnitude(rope.scaling.factor, _read_mscale(reader))
+        scale *= magnitude * magnitude  # which may be infinite, where a power would raise
     return MLAConfig(
         num_heads=heads,
         q_rank=reader.integer("q_lora_rank", null=None),

@@ -30,7 +30,7 @@ def read(reader: Reader) -> ModelConfig:
         ffns,
         positions=positions,
         norm_eps=1e-6,
-        extra_layers=reader.integer("num_nextn_predict_layers", default=0, zero=True),
+        extra_layers=reader.extra_layers(default=0),
     )
 
 

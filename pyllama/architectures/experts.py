@@ -40,7 +40,7 @@ def read_softmax_experts(
 def read_sparse_layers(reader: Reader, layers: int, mlp: MLPConfig, moe: MoEConfig) -> list[FFNConfig]:
     """Every `decoder_sparse_step`-th layer has experts, but for `mlp_only_layers` (Qwen's rule)."""
     step = reader.integer("decoder_sparse_step", default=1)
-    without = reader.integers("mlp_only_layers", least=0, default=[])
+    without = set(reader.integers("mlp_only_layers", least=0, default=[]))
     return [mlp if i in without or (i + 1) % step else moe for i in range(layers)]
 
 

@@ -29,7 +29,7 @@ def read(reader: Reader) -> ModelConfig:
         read_dense_first(reader, layers, mlp, moe, dense=1),
         positions=positions,
         norm_eps=1e-5,
-        extra_layers=reader.integer("num_nextn_predict_layers", default=1, zero=True),
+        extra_layers=reader.extra_layers(default=1),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyllama.architectures.common import Dialect
-from pyllama.architectures.reader import MAX_LAYERS, Reader
+from pyllama.architectures.reader import MAX_LAYERS, Reader, whole
 from pyllama.config import GQAConfig, ModelConfig
 from pyllama.weights import Rule, WeightTable
 
@@ -74,7 +74,7 @@ def feed_forward_size(reader: Reader, *, multiple_of: int, multiplier: float | N
     """Two thirds of 4 * dim, so that SwiGLU's three matrices have the parameters of two; `multiple_of`: a default."""
     size = int(2 * (4 * reader.integer("dim")) / 3)
     if multiplier is not None:
-        size = int(multiplier * size)
+        size = whole(multiplier * size)
     multiple: int = reader.integer("multiple_of", default=multiple_of)
     return -(-size // multiple) * multiple
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ REQUIRED: Final[Any] = object()
 MAX_SIZE = 2**31 - 1  # ops count in int32
 MAX_BYTES = 10**7  # of a file of JSON; a configuration with a chat template has a hundredth
 MAX_LAYERS = 2**16 - 1  # a `ModelConfig` lists its layers
+MAX_EXTRA_LAYERS = 64  # each is a pattern that a checkpoint's names are held against; DeepSeek-V3 and GLM-4.5 have 1
 
 # Keys that change nothing in what a model computes at inference, whatever their value.
 # fmt: off
@@ -109,6 +111,10 @@ class Reader:
     def layers(self) -> int:
         """How many layers the model has."""
         return int(self.integer("num_hidden_layers", most=MAX_LAYERS))
+
+    def extra_layers(self, default: int) -> int:
+        """How many layers of multi-token prediction follow in the files; `default` is transformers'."""
+        return int(self.integer("num_nextn_predict_layers", default=default, zero=True, most=MAX_EXTRA_LAYERS))
 
     def number(self, key: str, default: Any = REQUIRED, null: Any = REQUIRED, zero: bool = False) -> Any:
         """A positive number, or zero where that has a meaning."""
@@ -217,9 +223,17 @@ class Reader:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+
+
+def whole(number: float) -> int:
+    """The whole part of a product of sizes and factors, which may be infinite; then it is too large all the same."""
+    return int(min(number, MAX_SIZE))
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__}, nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}..."
