@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from pyllama.ops.registry import op
+from pyllama.ops.registry import nothing, op
 
 
 @op(
     "(Tensor(a!) positions, Tensor(b!) seq_lens, Tensor(c!) slots, Tensor block_table, int page_size) -> ()",
+    fake=nothing,
     positions="int32: B",
     seq_lens="int32: B",
     slots="int32: B",

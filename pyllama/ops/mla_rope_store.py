@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyllama.ops.norm_rope_store import runs
-from pyllama.ops.registry import cast, compute_dtype, op
+from pyllama.ops.registry import cast, compute_dtype, nothing, op
 from pyllama.ops.rms_norm import normalised
 from pyllama.ops.rope import rotated
 
@@ -16,6 +16,7 @@ from pyllama.ops.rope import rotated
 @op(
     "(Tensor(a!) q, Tensor latent, Tensor(b!) kv_cache, Tensor weight, Tensor positions, Tensor slots, "
     "Tensor cos_sin, float eps=1e-6, bool interleaved=False) -> ()",
+    fake=nothing,
     q="T H K",
     latent="T L",
     kv_cache="P S L",

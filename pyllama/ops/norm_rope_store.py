@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyllama.ops.registry import cast, compute_dtype, op
+from pyllama.ops.registry import cast, compute_dtype, nothing, op
 from pyllama.ops.rms_norm import normalised
 from pyllama.ops.rope import rotated
 
@@ -16,6 +16,7 @@ from pyllama.ops.rope import rotated
 @op(
     "(Tensor(a!) qkv, Tensor(b!) kv_cache, Tensor positions, Tensor slots, Tensor? cos_sin=None, "
     "Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, bool interleaved=False) -> ()",
+    fake=nothing,
     qkv="T features",
     kv_cache="P 2 G S K",
     positions="int32: T",

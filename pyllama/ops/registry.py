@@ -61,9 +61,9 @@ def op(
 
     schema: arguments and results, as in torch.library.Library.define. shapes: the specification of each tensor
     argument (checks.py). fake: makes empty results, needed where the body reads tensors' values; otherwise the body
-    itself runs on fake tensors, unless the op writes in place. backward: (*arguments, grads, wanted) -> gradients, as
-    _register_backward says, where recomputation does more than is needed. Ops that write into arguments end in `_`,
-    return nothing and have no gradient; differentiable=False is for results that are indices.
+    itself runs on fake tensors. backward: (*arguments, grads, wanted) -> gradients, as _register_backward says, where
+    recomputation does more than is needed. Ops that write into arguments end in `_`, return nothing and have no
+    gradient; differentiable=False is for results that are indices.
     """
 
     def register(body: Callable[P, R]) -> Callable[P, R]:
@@ -81,8 +81,8 @@ def op(
             return kernel
 
         _library.impl(name, checked(body), "CompositeExplicitAutograd")
+        torch.library.register_fake(overload, checked(fake or body), lib=_library)
         mutates = overload._schema.is_mutable
-        torch.library.register_fake(overload, checked(fake or (_nothing if mutates else body)), lib=_library)
         if mutates:
             _refuse_gradients(overload, "it writes in place: use torch.no_grad() or torch.inference_mode()")
             _count_versions(overload)
@@ -99,8 +99,8 @@ def op(
     return register
 
 
-def _nothing(*args: Any) -> None:
-    """What an op returns that writes in place."""
+def nothing(*args: object) -> None:
+    """The fake of an op that returns nothing."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
