@@ -219,10 +219,6 @@ template <int registers>
 __device__ inline void setmaxnreg_dec() {
     PTX(("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)), (void)0);
 }
-__device__ inline void grid_dependency_wait() {
-    PTX(("griddepcontrol.wait;" :: : "memory"), emu::grid_dependency_wait());
-}
-__device__ inline void grid_dependency_trigger() { PTX(("griddepcontrol.launch_dependents;" :: : "memory"), (void)0); }
 
 // ---- host: tensor maps -----------------------------------------------------------------------
 

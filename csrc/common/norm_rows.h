@@ -35,26 +35,6 @@ __device__ Vector<T> sum_of(const Vector<T>& a, const Vector<T>& b) {
     return result;
 }
 
-template <class T>
-__device__ float sum_of_squares(const Vector<T>& v) {
-    float sum = 0;
-    for (int i = 0; i < v.pairs; ++i) {
-        const float2 f = v.get(i);
-        sum += f.x * f.x + f.y * f.y;
-    }
-    return sum;
-}
-
-template <class T>
-__device__ Vector<T> scaled(const Vector<T>& v, float scale, const Vector<T>& weight) {
-    Vector<T> result;
-    for (int i = 0; i < v.pairs; ++i) {
-        const float2 f = v.get(i), w = weight.get(i);
-        result.set(i, {f.x * scale * w.x, f.y * scale * w.y});
-    }
-    return result;
-}
-
 // Threads of a block at most, which is what its registers suffice for.
 constexpr int most_threads(int kept, bool add) { return kept < 8 || add ? 512 : 1024; }
 

@@ -28,6 +28,19 @@ __device__ inline void bar_arrive(int id, int threads SITE) {
         emu::barrier(id, threads, 0, false, "bar_arrive", site));
 }
 
+// ---- programmatic dependent launch (sm_90; before it launches do not overlap) -----------------
+
+// In a kernel that is launched with `overlap`: waits until the kernels before it have ended and what they wrote can be
+// read, then lets the next kernel start. Every block calls it. Before it, a block may read what no kernel of the chain
+// writes (weights), and nothing else. The next kernel starts only now, so that the weights it reads early may have been
+// written by any kernel but this one.
+__device__ inline void wait_for_previous_kernels() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    PTX(("griddepcontrol.wait;" :: : "memory"), emu::grid_dependency_wait());
+    PTX(("griddepcontrol.launch_dependents;" :: : "memory"), (void)0);
+#endif
+}
+
 // ---- cp.async (sm_80) ------------------------------------------------------------------------
 
 #ifndef __CUDACC__

@@ -50,3 +50,24 @@ template <class T>
 __device__ inline void store(T* array, int i, const Vector<T>& v) {
     reinterpret_cast<uint4*>(array)[i] = v.bits;
 }
+
+template <class T>
+__device__ float sum_of_squares(const Vector<T>& v) {
+    float sum = 0;
+    for (int i = 0; i < v.pairs; ++i) {
+        const float2 f = v.get(i);
+        sum += f.x * f.x + f.y * f.y;
+    }
+    return sum;
+}
+
+// v * scale * weight, in float32, rounded once.
+template <class T>
+__device__ Vector<T> scaled(const Vector<T>& v, float scale, const Vector<T>& weight) {
+    Vector<T> result;
+    for (int i = 0; i < v.pairs; ++i) {
+        const float2 f = v.get(i), w = weight.get(i);
+        result.set(i, {f.x * scale * w.x, f.y * scale * w.y});
+    }
+    return result;
+}

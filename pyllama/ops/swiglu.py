@@ -14,5 +14,10 @@ def swiglu(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu: x's last dimension is {x.shape[-1]}, but must be even: 2F, gate and up")
+    return silu_gate(x)
+
+
+def silu_gate(x: Tensor) -> Tensor:
+    """`swiglu` as a plain function, for other ops' bodies."""
     gate, up = cast(x, compute_dtype(x)).chunk(2, dim=-1)
     return cast(functional.silu(gate).mul_(up), x.dtype)

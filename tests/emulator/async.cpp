@@ -214,6 +214,7 @@ void wgmma_retire(void* newest_allowed, unsigned) {
 }  // namespace
 
 void Worker::check_end() {
+    if (overlapped && !waited) fail("a block of an overlapped launch ends without wait_for_previous_kernels");
     if (!loads.empty()) fail("block ends with a TMA load in flight");
     for (uint64_t* bar : mbarriers)
         if (mbarrier(bar).pending != mbarrier(bar).expected || mbarrier(bar).tx)
@@ -342,6 +343,9 @@ void wgmma_wait(int newest_allowed, Site site) {
     acquire(&W->tensor_key);
 }
 void fence_proxy_async() { release(&W->fence_key); }
-void grid_dependency_wait() { acquire(&stream_key); }
+void grid_dependency_wait() {
+    W->waited = true;
+    acquire(&stream_key);
+}
 
 }  // namespace emu

@@ -157,7 +157,7 @@ __global__ void bulk(uint32_t* out, const bf16* in) {
         bulk_load(s.box[0] + 16, in + 8, 512, &s.bar);
     }
     __syncthreads();
-    grid_dependency_wait();
+    wait_for_previous_kernels();
     mbar_wait(&s.bar, 0);
     for (int i = threadIdx.x; i < 128; i += 32) out[i] = reinterpret_cast<uint32_t*>(s.box[0] + 16)[i];
 }

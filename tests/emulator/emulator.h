@@ -133,7 +133,7 @@ struct Worker {
     unsigned ready_ranks = 0;  // bit r: warp order[r] has a ready lane
     int order[32], rank[32];
     uint64_t random_state = 1;
-    bool random = false;
+    bool random = false, overlapped = false, waited = false;
     std::exception_ptr error;
     Stats stats{};
 

@@ -172,7 +172,7 @@ void Worker::run_block(uint3 index) {
     self = &main;
     Quiet quiet;
     blockIdx = index;
-    alive = threads, error = nullptr;
+    alive = threads, error = nullptr, waited = false;
     loads.clear(), mbar_waiters.clear(), mbarriers.clear(), statics.clear();
     std::memset(barriers, 0, sizeof barriers);
     set_poisoned(arena, arena_size, true);

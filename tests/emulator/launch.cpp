@@ -9,7 +9,7 @@
 namespace emu {
 
 Options& options() {
-    static Options options{0, int(std::thread::hardware_concurrency()), true};
+    static Options options{0, int(std::thread::hardware_concurrency()), false};
     return options;
 }
 
@@ -54,7 +54,7 @@ void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const v
             if (!w) w = std::make_unique<Worker>();
             W = w.get();
             W->body = body, W->arguments = arguments, W->threads = int(threads), W->dynamic = smem,
-            W->random = o.seed != 0, W->stats = {}, W->main.stack = nullptr;
+            W->random = o.seed != 0, W->overlapped = overlap, W->stats = {}, W->main.stack = nullptr;
             blockDim = {block.x, block.y, block.z}, gridDim = {grid.x, grid.y, grid.z};
             for (size_t i; (i = next++) < blocks;) {
                 uint32_t b = order[i];
@@ -85,3 +85,4 @@ void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const v
 
 // For the tests, which load the library into Python.
 extern "C" __attribute__((visibility("default"))) void emulator_seed(uint64_t seed) { emu::options().seed = seed; }
+extern "C" __attribute__((visibility("default"))) void emulator_overlap(bool on) { emu::options().overlap = on; }

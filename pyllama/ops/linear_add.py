@@ -1,0 +1,26 @@
+"""A product of few tokens, added to the residual stream. T tokens, D input features, F output features."""
+
+from torch import Tensor
+
+from pyllama.ops.product import product
+from pyllama.ops.registry import nothing, op
+
+
+@op(
+    "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias=None, bool early=False) -> ()",
+    fake=nothing,
+    residual="T F",
+    x="T D",
+    weight="F D",
+    bias="F",
+)
+def linear_add_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, early: bool = False) -> None:
+    """residual += linear(x, weight, bias), in place.
+
+    residual: [T, F]; x: [T, D], of which the kernel takes at most 16 tokens; rows of both may be strided; weight:
+    [F, D]; bias: [F]; early: as in norm_linear. The kernel rounds the sum once. For inference: raises RuntimeError
+    where a gradient would be due, ValueError for shapes or data types that do not fit and for one tensor given as both.
+    """
+    if residual.data_ptr() == x.data_ptr() and x.numel():
+        raise ValueError("linear_add_: x and residual are the same memory, but residual is written: give two tensors")
+    residual.add_(product(x, weight, bias))
