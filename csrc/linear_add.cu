@@ -7,11 +7,11 @@ namespace {
 template <class T>
 struct Add {
     T* residual_TF;
-    Rows rows;
+    int64_t stride;   // elements from token to token
     const T* bias_F;  // or null
 
     __device__ void operator()(int token, int column, float sum, float) const {
-        T& place = residual_TF[rows.offset(token) + column];
+        T& place = residual_TF[token * stride + column];
         if (bias_F) sum += float(bias_F[column]);
         place = T(float(place) + sum);
     }
@@ -29,12 +29,12 @@ void linear_add_(Tensor residual, const Tensor& x, const Tensor& weight, const s
     if (T == 0 || F == 0) return;
     if (x.const_data_ptr() == residual.const_data_ptr())
         arguments.fail("x and residual are the same memory, but residual is written: give two tensors");
-    const Rows rows = arguments.rows("residual", residual);
+    const int64_t stride = arguments.rows("residual", residual).stride;
 
     const DeviceScope device(residual);
     arguments.with_float_type([&](auto element) {
         using E = decltype(element);
-        const Add<E> finish{static_cast<E*>(residual.mutable_data_ptr()), rows,
+        const Add<E> finish{static_cast<E*>(residual.mutable_data_ptr()), stride,
                             bias ? arguments.data<E>("bias", *bias) : nullptr};
         skinny::run<false>(skinny::product<E>(arguments, x, std::nullopt, 0, weight, false, early), finish,
                            device.stream);

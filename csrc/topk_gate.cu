@@ -1,148 +1,22 @@
-// topk_gate.cu - the router of a mixture of experts. A warp has a token, its lanes the experts' scores in registers;
-// all exchange is by shuffles and warp-wide maxima.
-//
-// A group of experts belongs to 32 / groups neighbouring lanes, expert i of it to lane i % lanes: so the groups' worth
-// are sums over equal parts of the warp, found at once.
-#include "common/argmax.h"
-#include "common/op.h"
-#include "common/reduce.h"
+// topk_gate.cu - the router of a mixture of experts: common/router.h, a warp for each token.
+#include "common/router.h"
 
 namespace {
 
 constexpr int tokens = 4;  // of a block
-constexpr int max_experts = 512, max_chosen = 32;
-
-template <class T>
-struct Params {
-    const T* logits_TE;
-    const float* bias_E;  // or null
-    float* weights_TN;
-    int* indices_TN;
-    int count, E, N;   // count: of tokens
-    int group, lanes;  // of a group: experts, lanes
-    int top_groups, group_top_k;
-    bool sigmoid, renormalize;
-    float scale;
-};
-
-// A value as a number that rises with it and is never 0, which stands for what cannot be chosen.
-__device__ uint32_t key_of(float value) { return uint32_t(candidate(value, 0) >> 32); }
 
 template <class T, int kept>
-struct Router {
-    const Params<T>& p;
-    const int lane = threadIdx.x, within = lane % p.lanes, first = lane / p.lanes * p.group + within;
-    float score[kept];
-    uint32_t key[kept];  // of the choice: score + bias
-
-    __device__ explicit Router(const Params<T>& p) : p(p) {}
-
-    __device__ int expert(int i) const { return first + i * p.lanes; }
-    __device__ bool exists(int i) const { return within + i * p.lanes < p.group; }
-
-    __device__ void read(const T* logits_E) {
-        float best = -INFINITY, sum = 0;
-#pragma unroll
-        for (int i = 0; i < kept; ++i) {
-            score[i] = exists(i) ? float(logits_E[expert(i)]) : -INFINITY;
-            best = fmaxf(best, score[i]);
-        }
-        if (p.sigmoid) {
-#pragma unroll
-            for (int i = 0; i < kept; ++i) score[i] = 1 / (1 + expf(-score[i]));
-        } else {
-            for (int d = 16; d > 0; d /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, d));
-#pragma unroll
-            for (int i = 0; i < kept; ++i) sum += score[i] = expf(score[i] - best);
-            sum = lanes_sum(sum, 32);
-#pragma unroll
-            for (int i = 0; i < kept; ++i) score[i] /= sum;
-        }
-#pragma unroll
-        for (int i = 0; i < kept; ++i)
-            key[i] = exists(i) ? key_of(score[i] + (p.bias_E ? p.bias_E[expert(i)] : 0.0f)) : 0;
-    }
-
-    // The best of the lane's choices, of equals the first, with its place.
-    __device__ Candidate best_of_lane() const {
-        Candidate best = 0;
-#pragma unroll
-        for (int i = 0; i < kept; ++i) best = max(best, Candidate(key[i]) << 32 | ~uint32_t(expert(i)));
-        return best;
-    }
-
-    // Takes away what lies in the groups that are not among the best.
-    __device__ void limit_groups() {
-        float worth = 0;
-        uint32_t left[kept];
-#pragma unroll
-        for (int i = 0; i < kept; ++i) left[i] = key[i];
-        for (int n = 0; n < p.group_top_k; ++n) {
-            Candidate best = best_of_lane();
-            for (int d = p.lanes / 2; d > 0; d /= 2) best = max(best, __shfl_xor_sync(~0u, best, d));
-            worth += value_of(best);
-            take(best);
-        }
-        // How many groups are better, or as good and earlier.
-        const int groups = 32 / p.lanes, group = lane / p.lanes;
-        int better = 0;
-        for (int g = 0; g < groups; ++g) {
-            const uint32_t mine = key_of(worth), other = __shfl_sync(~0u, mine, g * p.lanes);
-            better += other > mine || (other == mine && g < group);
-        }
-#pragma unroll
-        for (int i = 0; i < kept; ++i) key[i] = better < p.top_groups ? left[i] : 0;
-    }
-
-    __device__ void take(Candidate chosen) {
-#pragma unroll
-        for (int i = 0; i < kept; ++i)
-            if (expert(i) == index_of(chosen)) key[i] = 0;
-    }
-
-    // The score of an expert, in whichever lane asks; all lanes call it with the same expert.
-    __device__ float score_of(int chosen) const {
-        float mine = 0;
-        bool here = false;
-#pragma unroll
-        for (int i = 0; i < kept; ++i)
-            if (exists(i) && expert(i) == chosen) mine = score[i], here = true;
-        return __shfl_sync(~0u, mine, __ffs(__ballot_sync(~0u, here)) - 1);
-    }
-
-    __device__ void choose(float* weights_N, int* indices_N) {
-        float weight = 0;  // of choice `lane`
-        int index = 0;
-        for (int n = 0; n < p.N; ++n) {
-            const Candidate mine = best_of_lane();
-            const uint32_t highest = __reduce_max_sync(~0u, uint32_t(mine >> 32));
-            const uint32_t last = uint32_t(mine >> 32) == highest ? uint32_t(mine) : 0;
-            const Candidate best = Candidate(highest) << 32 | __reduce_max_sync(~0u, last);
-            take(best);
-            const float chosen = score_of(index_of(best));
-            if (lane == n) weight = chosen, index = index_of(best);
-        }
-        if (p.renormalize) weight /= lanes_sum(weight, 32) + 1e-20f;
-        if (lane < p.N) weights_N[lane] = weight * p.scale, indices_N[lane] = index;
-    }
-};
-
-template <class T, int kept>
-__global__ void __launch_bounds__(32 * tokens) topk_gate_kernel(const Params<T> p) {
+__global__ void __launch_bounds__(32 * tokens) topk_gate_kernel(const T* logits_TE, const Gate p) {
     const int64_t token = int64_t(blockIdx.x) * tokens + threadIdx.y;
-    if (token >= p.count) return;  // a whole warp
-    Router<T, kept> router(p);
-    router.read(p.logits_TE + token * p.E);
-    if (p.top_groups * p.lanes < 32) router.limit_groups();
-    router.choose(p.weights_TN + token * p.N, p.indices_TN + token * p.N);
+    if (token < p.count) route<kept>(p, logits_TE, token);  // a whole warp
 }
 
 template <class T>
-void run(const Params<T>& p, cudaStream_t stream) {
+void run(const T* logits_TE, const Gate& p, cudaStream_t stream) {
     const auto with = [&](auto kernel) {
-        launch(kernel, {dim3((p.count - 1) / tokens + 1), dim3(32, tokens), 0, stream}, p);
+        launch(kernel, {dim3((p.count - 1) / tokens + 1), dim3(32, tokens), 0, stream}, logits_TE, p);
     };
-    const int needed = (p.group + p.lanes - 1) / p.lanes;
+    const int needed = kept_scores(p);
     if (needed <= 1) return with(topk_gate_kernel<T, 1>);
     if (needed <= 2) return with(topk_gate_kernel<T, 2>);
     if (needed <= 4) return with(topk_gate_kernel<T, 4>);
@@ -151,47 +25,22 @@ void run(const Params<T>& p, cudaStream_t stream) {
 }
 
 std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& bias,
-                                     const std::string& scoring, int64_t num_groups, int64_t top_groups,
-                                     int64_t group_top_k, bool renormalize, double scale) {
+                                     const std::string& scoring, const std::optional<std::vector<int64_t>>& groups,
+                                     bool renormalize, double scale) {
     Arguments arguments("topk_gate");
     arguments.tensor("logits", logits, {"T", "E"});
     if (bias) arguments.tensor("bias", *bias, ScalarType::Float, {"E"});
     const int64_t T = arguments["T"], E = arguments["E"];
-    if (scoring != "softmax" && scoring != "sigmoid")
-        arguments.fail("scoring is '", scoring, "', but must be 'softmax' or 'sigmoid'");
-    if (E > max_experts) arguments.fail("E, the number of experts, is ", E, ", but must be at most ", max_experts);
-    if (T > INT_MAX) arguments.fail("T, the number of tokens, is ", T, ", but must be below 2^31");
-    if (num_groups < 1 || E % num_groups)
-        arguments.fail("num_groups is ", num_groups, ", but must divide the number of experts E = ", E);
-    if (num_groups > 32 || 32 % num_groups != 0)
-        arguments.fail("num_groups is ", num_groups, ", but must be 1, 2, 4, 8, 16 or 32 (pyllama.eager() takes any)");
-    const int64_t size = E / num_groups;
-    if (top_groups < 1 || top_groups > num_groups || group_top_k < 1 || group_top_k > size)
-        arguments.fail("top_groups is ", top_groups, " and group_top_k ", group_top_k,
-                       ", but must be in 1 to num_groups = ", num_groups, " and in 1 to the ", size,
-                       " experts of a group");
-    if (top_k < 1 || top_k > top_groups * size)
-        arguments.fail("top_k is ", top_k, ", but must be in 1 to ", top_groups * size, ", the experts at choice");
-    if (top_k > max_chosen) arguments.fail("top_k is ", top_k, ", but must be at most ", max_chosen);
+    Gate gate = make_gate(arguments, T, E, top_k, bias, scoring, groups, renormalize, scale);
 
     Tensor weights = torch::stable::new_empty(logits, {T, top_k}, ScalarType::Float);
     Tensor indices = torch::stable::new_empty(logits, {T, top_k}, ScalarType::Int);
     if (T == 0) return {weights, indices};
+    gate.weights_TN = static_cast<float*>(weights.mutable_data_ptr());
+    gate.indices_TN = static_cast<int*>(indices.mutable_data_ptr());
     const DeviceScope device(logits);
-    arguments.with_float_type([&](auto element) {
-        using Element = decltype(element);
-        Params<Element> p{};
-        p.logits_TE = arguments.data<Element>("logits", logits);
-        p.bias_E = bias ? arguments.data<float>("bias", *bias) : nullptr;
-        p.weights_TN = static_cast<float*>(weights.mutable_data_ptr());
-        p.indices_TN = static_cast<int*>(indices.mutable_data_ptr());
-        p.count = int(T), p.E = int(E), p.N = int(top_k);
-        p.group = int(size), p.lanes = int(32 / num_groups);
-        p.top_groups = int(top_groups), p.group_top_k = int(group_top_k);
-        p.sigmoid = scoring == "sigmoid", p.renormalize = renormalize;
-        p.scale = float(scale);
-        run(p, device.stream);
-    });
+    arguments.with_float_type(
+        [&](auto element) { run(arguments.data<decltype(element)>("logits", logits), gate, device.stream); });
     return {weights, indices};
 }
 

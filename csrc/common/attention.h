@@ -7,6 +7,7 @@
 // is done last merges them in the order of the parts, so that results repeat bit for bit.
 #pragma once
 
+#include "common/last_block.h"
 #include "common/softmax.h"
 
 constexpr int max_splits = 64;
@@ -217,18 +218,7 @@ __device__ void write_rows(const Problem<T>& p, const Work& work, int tile, int 
                            const float* stats, int parts) {
     write_part<V>(p, work, tile, tile_rows, split, out, stats, parts);
     if (work.parts == 1) return;
-
-    struct Last {
-        bool here;
-    };
-    auto& last = shared<Last>();
-    __threadfence();
-    __syncthreads();
-    unsigned* done = p.done + tile * p.G + blockIdx.y;
-    if (threadIdx.x == 0) last.here = atomicAdd(done, 1u) == unsigned(work.parts) - 1;
-    __syncthreads();
-    if (!last.here) return;
-    __threadfence();
+    if (!last_block(p.done + tile * p.G + blockIdx.y, work.parts)) return;
     merge_parts<V>(p, work, tile, tile_rows, threadIdx.x, blockDim.x);
 }
 

@@ -3,8 +3,8 @@
 
 #include "common/device.h"
 
-// Whether this block is the last of `blocks` to come here, which then reads what the others wrote before. `done` is 0
-// at first, and again at the end. All threads of the block call it.
+// Whether this block is the last of `blocks` to come here, and so sees what the others wrote before. `done` is 0 at
+// first, and again at the end. All threads of the block call it.
 __device__ inline bool last_block(unsigned* done, unsigned blocks) {
     struct Last {
         bool here;
@@ -14,5 +14,6 @@ __device__ inline bool last_block(unsigned* done, unsigned blocks) {
     __syncthreads();
     if (threadIdx.x == 0) last.here = atomicInc(done, blocks - 1) == blocks - 1;
     __syncthreads();
+    if (last.here) __threadfence();
     return last.here;
 }

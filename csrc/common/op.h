@@ -230,3 +230,17 @@ class Arguments {
         }
     }
 };
+
+// What counts the blocks that are done: the caller's `counters`, int32 zeros that are zeros again at the end, or, where
+// there are none, zeros made here. The caller's spare a launch, before which a kernel could not begin early.
+struct Counters {
+    std::optional<Tensor> own;
+    unsigned* data;
+
+    Counters(const Arguments& arguments, const std::optional<Tensor>& given, const Tensor& like, int64_t needed) {
+        if (given && given->numel() < needed)
+            arguments.fail("counters has ", given->numel(), " elements, but must have at least ", needed);
+        if (!given) own = torch::stable::new_zeros(like, {needed}, ScalarType::Int);
+        data = static_cast<unsigned*>((given ? *given : *own).mutable_data_ptr());
+    }
+};

@@ -24,10 +24,14 @@ constexpr int chunk = 32;              // features of one row that four threads 
 constexpr int depth = 8;               // chunks of a warp on their way
 constexpr int stride = warps * chunk;  // features from a warp's chunk to its next
 
+// Chunks of a warp that a row of D features has.
+__device__ inline int steps(int D) { return (D + stride - 1) / stride; }
+
 template <class T>
 struct Product {
     const T* x_TD;
-    Rows x_rows;
+    int64_t x_stride;  // elements from token to token
+    int tokens;
     const T* norm_weight_D;  // null: x as it is
     float eps;
     T* normed_TD;        // null, or where x goes as it is normalised
@@ -75,6 +79,7 @@ struct Tile {
     __device__ void run(int steps, int tokens, Fetch fetch, X x, Use use) {
         for (int begin = 0; begin < steps; begin += depth) {
             __syncwarp();  // the chunks before are no longer needed
+#pragma unroll 1
             for (int t = 0; t < tokens; ++t) store(s.x[warp] + t * Memory::apart, lane, x(t, begin + lane / 4));
             __syncwarp();
 #pragma unroll
@@ -131,7 +136,7 @@ template <int NT, bool gated, class T, class F>
 __device__ void multiply(const Product<T>& p, F finish) {
     Tile<T, NT> tile;
     constexpr int width = gated ? rows / 2 : rows;  // columns of the result
-    const int tokens = p.x_rows.count, first = blockIdx.x * width;
+    const int tokens = p.tokens, first = blockIdx.x * width;
     const int low_column = first + tile.row, high_column = gated ? low_column : low_column + 8;
     const T* low = low_column < p.F ? p.weight_FD + int64_t(low_column) * p.D : nullptr;
     const T* high = high_column < p.F ? p.weight_FD + (int64_t(gated ? p.F : 0) + high_column) * p.D : nullptr;
@@ -139,13 +144,13 @@ __device__ void multiply(const Product<T>& p, F finish) {
         tile.low[i] = tile.fetch(low, tile.feature(step), p.D);
         tile.high[i] = tile.fetch(high, tile.feature(step), p.D);
     };
-    if (p.early) tile.begin(fetch);
-    wait_for_previous_kernels();
-    if (!p.early) tile.begin(fetch);
+    if (!p.early) wait_for_previous_kernels();
+    tile.begin(fetch);
+    if (p.early) wait_for_previous_kernels();
 
-    const int steps = (p.D + stride - 1) / stride;
+    const int steps = skinny::steps(p.D);
     const auto x_at = [&](int token, int at) {
-        return at < p.D ? load(p.x_TD + p.x_rows.offset(token), at / 8) : Vector<T>{};
+        return at < p.D ? load(p.x_TD + token * p.x_stride, at / 8) : Vector<T>{};
     };
     float factor = 0;  // of token lane % 16
     if (p.norm_weight_D) {
@@ -183,8 +188,8 @@ template <int NT, bool gated, class F>
 __device__ void multiply(const Product<float>& p, F finish) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = gated ? rows / 2 : rows;
     wait_for_previous_kernels();
-    for (int t = 0; t < p.x_rows.count; ++t) {
-        const float* x = p.x_TD + p.x_rows.offset(t);
+    for (int t = 0; t < p.tokens; ++t) {
+        const float* x = p.x_TD + t * p.x_stride;
         float squares = 0;
         for (int d = lane; p.norm_weight_D && d < p.D; d += 32) squares += x[d] * x[d];
         const float factor = rsqrtf(__fdividef(lanes_sum(squares, 32), p.D) + p.eps);
@@ -230,7 +235,7 @@ __global__ void __launch_bounds__(threads, 2) kernel(const Product<T> p, const F
 // A product of its own; Finish is what happens to the results.
 template <bool gated, class T, class Finish>
 void run(const Product<T>& p, const Finish& finish, cudaStream_t stream) {
-    with_columns(p.x_rows.count, [&](auto NT) {
+    with_columns(p.tokens, [&](auto NT) {
         constexpr int n = decltype(NT)::value;
         launch(kernel<T, n, gated, Finish>, {dim3(blocks(p.F, gated)), dim3(threads), memory<T, n>(), stream, true}, p,
                finish);
@@ -244,7 +249,8 @@ Product<T> product(const Arguments& arguments, const Tensor& x, const std::optio
                    const Tensor& weight, bool gated, bool early) {
     Product<T> p{};
     p.x_TD = static_cast<const T*>(x.const_data_ptr());
-    p.x_rows = arguments.rows("x", x);
+    p.x_stride = arguments.rows("x", x).stride;
+    p.tokens = int(x.size(0));
     p.norm_weight_D = norm_weight ? arguments.aligned_data<T>("norm_weight", *norm_weight) : nullptr;
     p.eps = float(eps);
     p.weight_FD = arguments.aligned_data<T>("weight", weight);

@@ -73,25 +73,25 @@ def grouped_linear(
     """
     if scale is not None and len(scale) != (x.shape[0] if rows is None else rows.shape[0]):
         raise ValueError(f"grouped_linear: scale has {len(scale)} rows, but the result has another number")
-    out_MF = _product(x, weight, offsets, rows)
+    x_MD = x if rows is None else x.index_select(0, rows)
+    lengths = segment_lengths("grouped_linear", "offsets", offsets, x_MD.shape[0])
+    out_MF = products(x_MD, weight, {e: length for e, length in enumerate(lengths) if length})
     if scale is None:
         return out_MF
     return cast(cast(out_MF, compute_dtype(x)) * cast(scale, compute_dtype(x)).unsqueeze(1), x.dtype)
 
 
-def _product(x: Tensor, weight: Tensor, offsets: Tensor, rows: Tensor | None) -> Tensor:
-    x_MD = x if rows is None else x.index_select(0, rows)
-    lengths = segment_lengths("grouped_linear", "offsets", offsets, x_MD.shape[0])
-    experts = [e for e, length in enumerate(lengths) if length]
-    if not experts:
-        return x.new_zeros(0, weight.shape[1])
-    x_parts = x_MD.split_with_sizes([lengths[e] for e in experts])
+def products(x_MD: Tensor, weight: Tensor, rows_of: dict[int, int]) -> Tensor:
+    """Rows sorted by expert, times their experts' weights; rows_of: of each expert that has any, in order, how many."""
+    if not rows_of:
+        return x_MD.new_zeros(0, weight.shape[1])
+    x_parts = x_MD.split_with_sizes(list(rows_of.values()))
     E, F, D = weight.shape
-    most = max(lengths)
+    most = max(rows_of.values())
     if own_way(weight) and not pays(most, F * D) and (P := parts(most, weight)) > 1:
         weight_EPDf = weight.view(E, P, F // P, D).mT  # as in `product`, prepared once for all experts
-        out_PMf = [torch.bmm(x_mD.expand(P, -1, -1), weight_EPDf[e]) for e, x_mD in zip(experts, x_parts, strict=True)]
+        out_PMf = [torch.bmm(x_mD.expand(P, -1, -1), weight_EPDf[e]) for e, x_mD in zip(rows_of, x_parts, strict=True)]
         return rows_first(torch.cat(out_PMf, dim=1))
     # unbind: one gradient for all experts
     weights = weight.unbind() if weight.requires_grad and torch.is_grad_enabled() else weight
-    return torch.cat([product(x_mD, weights[e]) for e, x_mD in zip(experts, x_parts, strict=True)])
+    return torch.cat([product(x_mD, weights[e]) for e, x_mD in zip(rows_of, x_parts, strict=True)])

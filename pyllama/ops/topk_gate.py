@@ -5,6 +5,8 @@ T tokens, E experts, N experts per token. Covers Mixtral (softmax, renormalised;
 arXiv:2412.19437).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,8 @@ from pyllama.ops.registry import cast, compute_dtype, op
 
 
 @op(
-    '(Tensor logits, int top_k, Tensor? bias=None, str scoring="softmax", int num_groups=1, int top_groups=1, '
-    "int group_top_k=1, bool renormalize=True, float scale=1.0) -> (Tensor weights, Tensor indices)",
+    '(Tensor logits, int top_k, Tensor? bias=None, str scoring="softmax", int[]? groups=None, '
+    "bool renormalize=True, float scale=1.0) -> (Tensor weights, Tensor indices)",
     logits="T E",
     bias="float: E",
 )
@@ -22,9 +24,7 @@ def topk_gate(
     top_k: int,
     bias: Tensor | None = None,
     scoring: str = "softmax",
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_top_k: int = 1,
+    groups: Sequence[int] | None = None,
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -32,24 +32,29 @@ def topk_gate(
 
     logits: [T, E]; result: weights [T, top_k], float32 or wider, and indices int32 [T, top_k], best first; of equals
     the lower index. Scores are the softmax or the sigmoid of the logits. The choice is by score + bias ([E],
-    DeepSeek-V3's correction), the weights are the scores alone. With num_groups > 1 the experts form groups of
-    E / num_groups; a group is worth the sum of its group_top_k best, and only experts of the top_groups best groups
-    can be chosen. renormalize divides the weights by their sum (+ 1e-20); scale multiplies them at the end.
+    DeepSeek-V3's correction), the weights are the scores alone. groups, three numbers (None is 1, 1, 1): the experts
+    form so many groups of equal size, of which a token sees so many, the best; a group is worth the sum of so many of
+    its best scores. renormalize divides the weights by their sum (+ 1e-20); scale multiplies them at the end.
     Raises ValueError for shapes or values that do not fit.
     """
+    weights_TN, indices_TN = routed("topk_gate", logits, top_k, bias, scoring, groups, renormalize, scale)
+    return weights_TN, indices_TN.to(torch.int32)
+
+
+def routed(
+    op: str,
+    logits: Tensor,
+    top_k: int,
+    bias: Tensor | None,
+    scoring: str,
+    groups: Sequence[int] | None,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`topk_gate` as a plain function, for other ops' bodies: named `op` in errors, indices int64."""
     T, E = logits.shape
-    if scoring not in ("softmax", "sigmoid"):
-        raise ValueError(f"topk_gate: scoring is {scoring!r}, but must be 'softmax' or 'sigmoid'")
-    if num_groups < 1 or E % num_groups:
-        raise ValueError(f"topk_gate: num_groups is {num_groups}, but must divide the number of experts E = {E}")
+    num_groups, top_groups, group_top_k = _checked(op, E, top_k, scoring, groups)
     size = E // num_groups
-    if not 1 <= top_groups <= num_groups or not 1 <= group_top_k <= size:
-        raise ValueError(
-            f"topk_gate: top_groups is {top_groups} and group_top_k {group_top_k}, but must be in 1 to "
-            f"num_groups = {num_groups} and in 1 to the {size} experts of a group"
-        )
-    if not 1 <= top_k <= top_groups * size:
-        raise ValueError(f"topk_gate: top_k is {top_k}, but must be in 1 to {top_groups * size}, the experts at choice")
     logits_TE = cast(logits, compute_dtype(logits))
     scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE if bias is None else scores_TE + bias
@@ -64,9 +69,32 @@ def topk_gate(
         weights_TN = weights_TN / (weights_TN.sum(-1, keepdim=True) + 1e-20)
     if scale != 1.0:
         weights_TN = weights_TN * scale
-    return weights_TN, indices_TN.to(torch.int32)
+    return weights_TN, indices_TN
 
 
 def _best(values: Tensor, count: int) -> Tensor:
     """Indices of the largest values, of equals the lower index (which torch.topk does not promise)."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _checked(op: str, E: int, top_k: int, scoring: str, groups: Sequence[int] | None) -> tuple[int, int, int]:
+    """`groups`, checked with the other options of a router."""
+    if scoring not in ("softmax", "sigmoid"):
+        raise ValueError(f"{op}: scoring is {scoring!r}, but must be 'softmax' or 'sigmoid'")
+    if groups is not None and len(groups) != 3:
+        raise ValueError(
+            f"{op}: groups has {len(groups)} numbers, but must have 3: of groups, of those chosen, of experts that a "
+            "group's worth sums"
+        )
+    num_groups, top_groups, group_top_k = groups or (1, 1, 1)
+    if num_groups < 1 or E % num_groups:
+        raise ValueError(f"{op}: groups[0] is {num_groups}, but must divide the number of experts E = {E}")
+    size = E // num_groups
+    if not 1 <= top_groups <= num_groups or not 1 <= group_top_k <= size:
+        raise ValueError(
+            f"{op}: groups[1] is {top_groups} and groups[2] {group_top_k}, but must be in 1 to groups[0] = "
+            f"{num_groups} and in 1 to the {size} experts of a group"
+        )
+    if not 1 <= top_k <= top_groups * size:
+        raise ValueError(f"{op}: top_k is {top_k}, but must be in 1 to {top_groups * size}, the experts at choice")
+    return num_groups, top_groups, group_top_k

@@ -16,7 +16,7 @@ from pyllama.ops.topk_gate import topk_gate
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
     yield torch.randn(5, 8, dtype=dtype), 2
     bias = torch.randn(8, dtype=dtype)
-    yield torch.randn(5, 8, dtype=dtype), 2, bias, "sigmoid", 4, 2, 2, True, 2.5
+    yield torch.randn(5, 8, dtype=dtype), 2, bias, "sigmoid", (4, 2, 2), True, 2.5
 
 
 def reference(
@@ -24,13 +24,12 @@ def reference(
     top_k: int,
     bias: np.ndarray | None = None,
     scoring: str = "softmax",
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_top_k: int = 1,
+    groups: tuple[int, int, int] = (1, 1, 1),
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     T, E = logits.shape
+    num_groups, top_groups, group_top_k = groups
     size = E // num_groups
     weights, indices = np.zeros((T, top_k)), np.zeros((T, top_k), dtype=np.int32)
     for t in range(T):
@@ -41,8 +40,8 @@ def reference(
             scores = 1 / (1 + np.exp(-logits[t]))
         choice = scores if bias is None else scores + bias
         worth = [sum(sorted(choice[g * size : (g + 1) * size], reverse=True)[:group_top_k]) for g in range(num_groups)]
-        groups = sorted(range(num_groups), key=lambda g: -worth[g])[:top_groups]
-        experts = sorted(e for g in groups for e in range(g * size, (g + 1) * size))
+        best_groups = sorted(range(num_groups), key=lambda g: -worth[g])[:top_groups]
+        experts = sorted(e for g in best_groups for e in range(g * size, (g + 1) * size))
         best = sorted(experts, key=lambda e: -choice[e])[:top_k]  # sorted is stable: the lower index first
         indices[t], weights[t] = best, scores[best]
         if renormalize:
@@ -55,19 +54,17 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "plain": {"top_k": 4, "renormalize": False},
     "one": {"top_k": 1},
     "all": {"top_k": 32},
-    "deepseek-v2": {"top_k": 6, "num_groups": 8, "top_groups": 3, "renormalize": False, "scale": 16.0},
+    "deepseek-v2": {"top_k": 6, "groups": (8, 3, 1), "renormalize": False, "scale": 16.0},
     "deepseek-v3": {
         "top_k": 8,
         "bias": True,
         "scoring": "sigmoid",
-        "num_groups": 8,
-        "top_groups": 4,
-        "group_top_k": 2,
+        "groups": (8, 4, 2),
         "scale": 2.5,
     },
     "sigmoid": {"top_k": 3, "scoring": "sigmoid"},
     "softmax-bias": {"top_k": 3, "bias": True},
-    "groups-of-one": {"top_k": 5, "num_groups": 32, "top_groups": 7},
+    "groups-of-one": {"top_k": 5, "groups": (32, 7, 1)},
 }
 
 
@@ -95,8 +92,7 @@ def test_formula(router: dict[str, Any], T: int, dtype: torch.dtype, device: str
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_numbers_of_experts(E: int, top_k: int, num_groups: int, scoring: str, device: str) -> None:
     """Also such as do not spread evenly over a warp."""
-    options = {"scoring": scoring, "num_groups": num_groups, "top_groups": (num_groups + 1) // 2}
-    options["group_top_k"] = min(2, E // num_groups)
+    options = {"scoring": scoring, "groups": (num_groups, (num_groups + 1) // 2, min(2, E // num_groups))}
     logits = 2 * torch.randn(9, E, device=device)
     weights, indices = topk_gate(logits, top_k, 0.1 * torch.ones(E, device=device), **options)
     expected, chosen = reference(numpy(logits), top_k, np.full(E, 0.1), **options)
@@ -116,7 +112,7 @@ def test_ties_go_to_the_lower_index(groups: int, device: str) -> None:
     logits = torch.zeros(3, 64, device=device)
     logits[1, 10:] = 1.0
     logits[2, 63] = 1.0
-    _, indices = topk_gate(logits, 4, num_groups=groups, top_groups=(groups + 1) // 2)
+    _, indices = topk_gate(logits, 4, groups=(groups, (groups + 1) // 2, 1))
     assert indices[0].tolist() == [0, 1, 2, 3]
     assert indices[1].tolist() == [10, 11, 12, 13]
     assert indices[2].tolist() == [63, 0, 1, 2]
@@ -125,7 +121,7 @@ def test_ties_go_to_the_lower_index(groups: int, device: str) -> None:
 def test_experts_outside_the_groups_are_never_chosen(device: str) -> None:
     """With negative choices, masking by 0 (as some routers do) would prefer a masked expert."""
     logits, bias = torch.randn(50, 16, device=device), torch.full((16,), -5.0, device=device)
-    _, indices = topk_gate(logits, 4, bias, "sigmoid", num_groups=4, top_groups=1)
+    _, indices = topk_gate(logits, 4, bias, "sigmoid", (4, 1, 1))
     assert (indices // 4 == indices[:, :1] // 4).all()
 
 
@@ -140,7 +136,7 @@ def test_logits_that_are_no_numbers_still_choose_experts(scoring: str, device: s
     """The products after the router read experts' weights by these indices."""
     logits = torch.full((3, 16), float("nan"), device=device)
     logits[1], logits[2, 1:] = -torch.inf, 0.0
-    _, indices = topk_gate(logits, 6, None, scoring, num_groups=4, top_groups=2)
+    _, indices = topk_gate(logits, 6, None, scoring, (4, 2, 1))
     for chosen in indices.tolist():
         assert len(set(chosen)) == 6
         assert all(0 <= expert < 16 for expert in chosen)
@@ -182,10 +178,10 @@ def test_agrees_with_transformers() -> None:
     agrees(MixtralTopKRouter(config), E, D, top_k=4)
     agrees(Qwen2MoeTopKRouter(config), E, D, top_k=4, renormalize=False)
     v2 = DeepseekV2TopkRouter(config)
-    agrees(v2, E, D, top_k=4, num_groups=8, top_groups=3, renormalize=False, scale=2.5)
+    agrees(v2, E, D, top_k=4, groups=(8, 3, 1), renormalize=False, scale=2.5)
     v3 = DeepseekV3TopkRouter(SimpleNamespace(**vars(config) | {"norm_topk_prob": True}))
     bias = v3.e_score_correction_bias.normal_(std=0.2)
-    options = {"scoring": "sigmoid", "num_groups": 8, "top_groups": 3, "group_top_k": 2, "scale": 2.5}
+    options = {"scoring": "sigmoid", "groups": (8, 3, 2), "scale": 2.5}
     agrees(v3, E, D, top_k=4, bias=bias, **options)
 
 
@@ -194,11 +190,12 @@ def test_agrees_with_transformers() -> None:
     [
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 9}, "top_k is 9"),
-        ({"top_k": 5, "num_groups": 4, "top_groups": 2}, "top_k is 5.* 4"),
+        ({"top_k": 5, "groups": (4, 2, 1)}, "top_k is 5.* 4"),
         ({"top_k": 1, "scoring": "relu"}, "scoring is .*relu"),
-        ({"top_k": 1, "num_groups": 3}, "num_groups is 3.* E = 8"),
-        ({"top_k": 1, "num_groups": 4, "top_groups": 5}, "top_groups is 5"),
-        ({"top_k": 1, "num_groups": 4, "top_groups": 2, "group_top_k": 3}, "group_top_k"),
+        ({"top_k": 1, "groups": (3, 1, 1)}, r"groups\[0\] is 3.* E = 8"),
+        ({"top_k": 1, "groups": (4, 5, 1)}, r"groups\[1\] is 5"),
+        ({"top_k": 1, "groups": (4, 2, 3)}, r"groups\[2\] 3"),
+        ({"top_k": 1, "groups": (4, 2)}, "groups has 2 numbers, but must have 3"),
         ({"top_k": 1, "bias": torch.zeros(9)}, r"bias of shape \[9\] has E = 9, but logits has E = 8"),
     ],
 )
@@ -212,8 +209,8 @@ def test_what_kernels_do_not_take(device: str) -> None:
     logits = torch.randn(2, 513, device=device)
     with refused_by_kernels("topk_gate", device, "E, the number of experts, is 513, but must be at most 512"):
         topk_gate(logits, 2)
-    with refused_by_kernels("topk_gate", device, "num_groups is 3, but must be 1, 2, 4, 8, 16 or 32"):
-        topk_gate(logits[:, :9].contiguous(), 2, num_groups=3)
+    with refused_by_kernels("topk_gate", device, r"groups\[0\] is 3, but must be 1, 2, 4, 8, 16 or 32"):
+        topk_gate(logits[:, :9].contiguous(), 2, groups=(3, 1, 1))
     with refused_by_kernels("topk_gate", device, "top_k is 33, but must be at most 32"):
         topk_gate(logits[:, :64].contiguous(), 33)
     with refused_by_kernels("topk_gate", device, "bias must have float32"):
