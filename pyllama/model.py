@@ -13,11 +13,10 @@ from pyllama.cache import PagedCache
 from pyllama.config import ModelConfig, MoEConfig, RopeConfig
 from pyllama.layers.ffn import Routing
 from pyllama.layers.layer import Layer
-from pyllama.layers.linear import Linear
+from pyllama.layers.linear import Linear, normed_product
 from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import Rotation, cos_sin_table, table_rows
 from pyllama.ops.embedding import embedding
-from pyllama.ops.product import product
 from pyllama.ops.registry import cast, compute_dtype
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Model(nn.Module):
         if labels is not None and labels.shape != token_ids.shape:
             raise ValueError(f"labels {list(labels.shape)} must have token_ids' shape {list(token_ids.shape)}")
         batch = Packed.rectangle(sequences, tokens, token_ids.device)
-        x_TD, routings = self._hidden(token_ids.flatten().to(torch.int64), batch, None)
+        x_TD, routings = self._hidden(token_ids.flatten().to(torch.int64), batch, None, routed=labels is not None)
         logits = self._logits(x_TD).unflatten(0, (sequences, tokens))
         if labels is None:
             return logits
@@ -95,19 +94,22 @@ class Model(nn.Module):
         one_each = batch.max_seqlen == 1 and len(x_TD) == len(batch.seq_lens)
         return self._logits(x_TD if one_each else x_TD[batch.cu_seqlens[1:] - 1])
 
-    def _hidden(self, token_ids: Tensor, batch: Packed, cache: PagedCache | None) -> tuple[Tensor, list[Routing]]:
-        x_TD, residual_TD = embedding(self.embedding.weight, token_ids), None
+    def _hidden(
+        self, token_ids: Tensor, batch: Packed, cache: PagedCache | None, routed: bool = False
+    ) -> tuple[Tensor, list[Routing]]:
+        """The residual stream [T, D] after all layers, and their routings if they are asked for."""
+        x_TD = embedding(self.embedding.weight, token_ids)
         routings = []
         rotations = [self._rotation(rope, batch) for rope in self._ropes]
         for i, layer in enumerate(self.layers):
             kv_cache = None if cache is None else cache.layers[i]
-            x_TD, residual_TD, routing = layer(x_TD, residual_TD, batch, rotations[self._rope_of[i]], kv_cache)
+            x_TD, routing = layer(x_TD, batch, rotations[self._rope_of[i]], kv_cache, routed)
             if routing is not None:
                 routings.append(routing)
-        return self.norm.add(x_TD, residual_TD)[0], routings
+        return x_TD, routings
 
     def _logits(self, x_TD: Tensor) -> Tensor:
-        return product(x_TD, self.embedding.weight if self.head is None else self.head.weight)
+        return normed_product(x_TD, self.norm, self.embedding.weight if self.head is None else self.head.weight)
 
     def _rotation(self, rope: RopeConfig | None, batch: Packed) -> Rotation | None:
         """With a table of at least the batch's positions: a power of two, so that it seldom grows."""

@@ -30,13 +30,16 @@ class GQA(nn.Module):
         self.k_norm = RMSNorm(size if per_head else kv_heads * size, norm_eps) if config.qk_norm else None
         self.norm_eps = norm_eps
 
-    def forward(self, x_TD: Tensor, batch: Packed, rotation: Rotation | None, kv_cache: Tensor | None) -> Tensor:
-        qkv = self._over_all_heads(self.qkv(x_TD))
+    def forward(
+        self, x_TD: Tensor, norm: RMSNorm, batch: Packed, rotation: Rotation | None, kv_cache: Tensor | None
+    ) -> Tensor:
+        """The residual stream x with the layer's result added; norm: what comes first."""
+        qkv = self._over_all_heads(self.qkv.normed(x_TD, norm))
         if isinstance(batch, Batch) and kv_cache is not None:
             out_THK = self._cached(qkv, batch, rotation, kv_cache)
         else:
             out_THK = self._whole(qkv, batch, rotation)
-        return self.out(out_THK.flatten(1))
+        return self.out.add_to(x_TD, out_THK.flatten(1))
 
     def _over_all_heads(self, qkv: Tensor) -> Tensor:
         """What some models do to queries and keys before they are heads: a norm, a limit (OLMoE)."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyllama.config import MLPConfig, MoEConfig
-from pyllama.layers.linear import Linear
+from pyllama.layers.linear import Linear, few
+from pyllama.layers.norm import RMSNorm
+from pyllama.ops.experts_add import experts_add_
+from pyllama.ops.experts_swiglu import experts_swiglu
 from pyllama.ops.grouped_linear import grouped_linear
 from pyllama.ops.grouped_swiglu import grouped_swiglu
 from pyllama.ops.moe_combine import moe_combine
 from pyllama.ops.moe_dispatch import moe_dispatch
+from pyllama.ops.norm_gate import norm_gate
 from pyllama.ops.product import product
 from pyllama.ops.registry import cast, compute_dtype
-from pyllama.ops.swiglu import swiglu
 from pyllama.ops.topk_gate import topk_gate
 
 
@@ -34,8 +37,9 @@ class MLP(nn.Module):
         self.gate_up = Linear(hidden_size, 2 * config.size, bias=config.bias)
         self.down = Linear(config.size, hidden_size, bias=config.bias)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
-        return self.down(swiglu(self.gate_up(x_TD))), None
+    def forward(self, x_TD: Tensor, norm: RMSNorm | None, routed: bool = False) -> tuple[Tensor, None]:
+        """The residual stream x with the layer's result added; norm: what comes first."""
+        return self.down.add_to(x_TD, self.gate_up.swiglu(x_TD, norm)), None
 
 
 class MoE(nn.Module):
@@ -54,29 +58,51 @@ class MoE(nn.Module):
         self.shared = MLP(config.shared, hidden_size) if config.shared is not None else None
         self.shared_gate = Linear(hidden_size, 1, bias=False) if config.shared_gate else None
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_TD: Tensor, norm: RMSNorm, routed: bool = False) -> tuple[Tensor, Routing | None]:
+        """The residual stream x with the layer's result added, and the routing where `routed`; norm: what comes
+        first."""
+        if few(x_TD) and not routed:
+            return self._of_few(x_TD, norm), None
         config = self.config
+        normed_TD = norm(x_TD)
         if config.float32_router and x_TD.dtype.itemsize < 4:
-            logits_TE = product(x_TD.float(), self.router.weight.float())
+            logits_TE = product(normed_TD.float(), self.router.weight.float())
         else:
-            logits_TE = self.router(x_TD)
-        weights_TN, experts_TN = topk_gate(
-            logits_TE,
-            config.top_k,
-            None if self.correction_bias is None else cast(self.correction_bias, compute_dtype(self.correction_bias)),
-            config.scoring,
-            config.num_groups,
-            config.top_groups,
-            config.group_top_k,
-            config.renormalize,
-            config.scale,
-        )
+            logits_TE = self.router(normed_TD)
+        weights_TN, experts_TN = topk_gate(logits_TE, **self._routing)
         rows, offsets, positions_TN = moe_dispatch(experts_TN, config.num_experts)
-        hidden = grouped_swiglu(x_TD, self.gate_up, offsets, rows)
+        hidden = grouped_swiglu(normed_TD, self.gate_up, offsets, rows)
         out_TD = moe_combine(grouped_linear(hidden, self.down, offsets), positions_TN, weights_TN)
-        if self.shared is not None:
-            shared_TD, _ = self.shared(x_TD)
-            if self.shared_gate is not None:
-                shared_TD = self.shared_gate(x_TD).sigmoid() * shared_TD
-            out_TD = out_TD + shared_TD
-        return out_TD, Routing(logits_TE, experts_TN)
+        return self._add_shared(x_TD + out_TD, normed_TD), Routing(logits_TE, experts_TN) if routed else None
+
+    def _of_few(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        """The same in three ops, each of which reads the chosen experts' weights as they lie."""
+        normed_TD, weights_TN, experts_TN = norm_gate(
+            x_TD, norm.weight, norm.eps, self.router.weight, **self._routing, early=True
+        )
+        hidden = experts_swiglu(normed_TD, self.gate_up, experts_TN)
+        experts_add_(x_TD, hidden, self.down, experts_TN, weights_TN)
+        return self._add_shared(x_TD, normed_TD)
+
+    @property
+    def _routing(self) -> dict[str, Any]:
+        """The options of the router's op."""
+        config, bias = self.config, self.correction_bias
+        return {
+            "top_k": config.top_k,
+            "bias": None if bias is None else cast(bias, compute_dtype(bias)),
+            "scoring": config.scoring,
+            "groups": (config.num_groups, config.top_groups, config.group_top_k),
+            "renormalize": config.renormalize,
+            "scale": config.scale,
+        }
+
+    def _add_shared(self, x_TD: Tensor, normed_TD: Tensor) -> Tensor:
+        """x, with the result of the expert that every token passes through, if there is one; without gradients in
+        place."""
+        if self.shared is None:
+            return x_TD
+        hidden = self.shared.gate_up.swiglu(normed_TD, None)
+        if self.shared_gate is None:
+            return self.shared.down.add_to(x_TD, hidden)
+        return x_TD + self.shared_gate(normed_TD).sigmoid() * self.shared.down(hidden)

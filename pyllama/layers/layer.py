@@ -27,14 +27,11 @@ class Layer(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        residual_TD: Tensor | None,
         batch: Packed,
         rotation: Rotation | None,
         kv_cache: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Routing | None]:
-        """(this layer's output, not yet added to the residual stream; the stream before it; the routing)."""
-        x_TD, residual_TD = self.attention_norm.add(x_TD, residual_TD)
-        x_TD = self.attention(x_TD, batch, rotation, kv_cache)
-        x_TD, residual_TD = self.ffn_norm.add(x_TD, residual_TD)
-        x_TD, routing = self.ffn(x_TD)
-        return x_TD, residual_TD, routing
+        routed: bool,
+    ) -> tuple[Tensor, Routing | None]:
+        """The residual stream after this layer (without gradients in place), and the routing if it is asked for."""
+        x_TD = self.attention(x_TD, self.attention_norm, batch, rotation, kv_cache)
+        return self.ffn(x_TD, self.ffn_norm, routed)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyllama.batch import Batch, Packed
 from pyllama.config import MLAConfig
-from pyllama.layers.linear import Linear
+from pyllama.layers.linear import Linear, few
 from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import Rotation
 from pyllama.ops.attention import attention
@@ -40,11 +40,16 @@ class MLA(nn.Module):
         self.kv_up = Linear(config.kv_rank, config.num_heads * (config.nope_dim + config.v_dim), bias=False)
         self.out = Linear(config.num_heads * config.v_dim, hidden_size, bias=config.bias)
 
-    def forward(self, x_TD: Tensor, batch: Packed, rotation: Rotation | None, kv_cache: Tensor | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, norm: RMSNorm, batch: Packed, rotation: Rotation | None, kv_cache: Tensor | None
+    ) -> Tensor:
+        """The residual stream x with the layer's result added; norm: what comes first."""
         assert rotation is not None  # MLAConfig always has RoPE
         config = self.config
-        q, latent = self.down(x_TD).tensor_split([config.q_rank or 0], dim=1)
-        q = self.q_up(x_TD if self.q_norm is None else self.q_norm(q))
+        # For few tokens the products normalise as they read; for many, what two products take is normalised once.
+        normed = (x_TD, norm) if few(x_TD) else (norm(x_TD), None)
+        q, latent = self.down.normed(*normed).tensor_split([config.q_rank or 0], dim=1)
+        q = self.q_up.normed(*(normed if self.q_norm is None else (q, self.q_norm)))
         q_THK = q.unflatten(1, (config.num_heads, config.nope_dim + config.rope.dim))
         if isinstance(batch, Batch) and kv_cache is not None:
             mla_rope_store_(
@@ -62,7 +67,7 @@ class MLA(nn.Module):
             out_THV = cached(q_THK, batch, kv_cache)
         else:
             out_THV = self._whole(q_THK, latent, batch, rotation)
-        return self.out(out_THV.flatten(1))
+        return self.out.add_to(x_TD, out_THV.flatten(1))
 
     def _absorbed(self, q_THK: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
         config = self.config

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyllama.ops.product import product
+from pyllama.ops.product import add_product_
 from pyllama.ops.registry import nothing, op
 
 
@@ -23,4 +23,4 @@ def linear_add_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     """
     if residual.data_ptr() == x.data_ptr() and x.numel():
         raise ValueError("linear_add_: x and residual are the same memory, but residual is written: give two tensors")
-    residual.add_(product(x, weight, bias))
+    add_product_(residual, x, weight, bias)

@@ -28,6 +28,16 @@ def product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Te
     return functional.linear(x_TD, weight_FD, bias_F)
 
 
+def add_product_(residual_TF: Tensor, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> None:
+    """residual += x @ weight.T + bias, in place; where BLAS multiplies, it adds the product as it writes it."""
+    if own_way(weight_FD):
+        residual_TF.add_(product(x_TD, weight_FD, bias_F))
+        return
+    residual_TF.addmm_(x_TD, weight_FD.mT)
+    if bias_F is not None:
+        residual_TF.add_(bias_F)
+
+
 def pays(T: int, size: int) -> bool:
     """Whether oneDNN is to multiply T tokens with a weight of `size` elements."""
     return _onednn is not None and T * size >= (ONE_TOKEN if T == 1 else MORE_TOKENS)

@@ -41,11 +41,13 @@ def test_bfloat16_models_choose_transformers_experts(folder: Path) -> None:
     assert moe.router.weight.dtype == torch.bfloat16
     assert moe.correction_bias.dtype == torch.float32
     x_TD = torch.randn(500, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = chosen(reference, x_TD)
-    _, routing = moe(x_TD)
+    norm = model.layers[-1].ffn_norm
+    expected = chosen(reference, norm(x_TD))
+    _, routing = moe(x_TD.clone(), norm, routed=True)
     assert routing.logits.dtype == torch.float32
     assert [set(row) for row in routing.experts.tolist()] == expected
     gate = reference.model.layers[-1].mlp.gate
+    x_TD = norm(x_TD)
     rounded = gate.weight.float().matmul(x_TD.float().T).bfloat16().float().sigmoid().T + gate.e_score_correction_bias
     exact = gate.weight.float().matmul(x_TD.float().T).sigmoid().T + gate.e_score_correction_bias
     assert (rounded.argsort(dim=-1) != exact.argsort(dim=-1)).any()  # there are choices that rounding changes
@@ -56,12 +58,14 @@ def test_the_correction_bias_changes_the_choice_alone(folder: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = pyllama.load(folder, device="cpu")
     x_TD = torch.randn(100, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    with_bias = chosen(reference, x_TD)
-    out_TD, routing = model.layers[-1].ffn(x_TD)
+    layer = model.layers[-1]
+    normed_TD = layer.ffn_norm(x_TD)
+    with_bias = chosen(reference, normed_TD)
+    out_TD, routing = layer.ffn(x_TD, layer.ffn_norm, routed=True)
     assert [set(row) for row in routing.experts.tolist()] == with_bias
-    torch.testing.assert_close(out_TD, reference.model.layers[-1].mlp(x_TD[None])[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out_TD - x_TD, reference.model.layers[-1].mlp(normed_TD[None])[0], rtol=0, atol=1e-5)
     reference.model.layers[-1].mlp.gate.e_score_correction_bias.zero_()
-    without = chosen(reference, x_TD)
+    without = chosen(reference, normed_TD)
     assert sum(a != b for a, b in zip(with_bias, without, strict=True)) > 30
 
 
