@@ -1,6 +1,7 @@
 // advance.cu - one more token of each decoding sequence: position, length, and place in the paged cache. A thread does
 // a sequence.
 #include "common/op.h"
+#include "common/ptx.h"
 
 namespace {
 
@@ -13,6 +14,7 @@ struct Params {
 };
 
 __global__ void __launch_bounds__(threads) advance_kernel(const Params p) {
+    wait_for_previous_kernels();
     const int b = blockIdx.x * threads + threadIdx.x;
     if (b >= p.B) return;
     const int position = p.seq_lens_B[b], column = position / p.S;
@@ -39,7 +41,7 @@ void advance_(const Tensor& positions, const Tensor& seq_lens, const Tensor& slo
                    B,
                    int(arguments["max_pages"]),
                    int(page_size)};
-    launch(advance_kernel, {dim3((B + threads - 1) / threads), dim3(threads), 0, device.stream}, p);
+    launch(advance_kernel, {dim3((B + threads - 1) / threads), dim3(threads), 0, device.stream, true}, p);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/op.h"
+#include "common/ptx.h"
 #include "common/vector.h"
 
 namespace {
@@ -19,6 +20,7 @@ struct Params {
 
 template <class T>
 __global__ void __launch_bounds__(max_threads) embedding_kernel(const Params<T> p) {
+    wait_for_previous_kernels();
     const int64_t token = blockIdx.x, id = p.token_ids_T[token];
     const int at = blockIdx.y * blockDim.x + threadIdx.x;
     if (at >= p.D / Vector<T>::size) return;
@@ -47,7 +49,7 @@ Tensor embedding(const Tensor& weight, const Tensor& token_ids) {
                           static_cast<E*>(y.mutable_data_ptr()), arguments["V"], int(D)};
         const int vectors = int(D) / Vector<E>::size, threads = std::min(vectors, max_threads);
         const dim3 grid(unsigned(T), unsigned((vectors + threads - 1) / threads));
-        launch(embedding_kernel<E>, {grid, dim3(threads), 0, device.stream}, p);
+        launch(embedding_kernel<E>, {grid, dim3(threads), 0, device.stream, true}, p);
     });
     return y;
 }

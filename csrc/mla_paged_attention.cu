@@ -62,6 +62,7 @@ __device__ void copy_entries(T* tile, int L, const T* any, F of) {
 
 template <class T>
 __global__ void __launch_bounds__(Tiles<T>::threads) mla_kernel(const Problem<T> p, const Latents<T> source, int rank) {
+    wait_for_previous_kernels();
     using P = Tiles<T>;
     constexpr int K = P::K, V = P::V, keys = P::keys;
     auto& s = *dynamic_shared<typename P::Shared>();
@@ -176,6 +177,7 @@ __global__ void __launch_bounds__(Tiles<T>::threads) mla_kernel(const Problem<T>
 template <class T>
 __global__ void __launch_bounds__(Tiles<T>::threads)
     merge_kernel(const Problem<T> p, const Latents<T> source, int rank) {
+    wait_for_previous_kernels();
     using P = Tiles<T>;
     const Work work = divide(p, source, find_place(p, blockIdx.x, P::rows), P::rows, 0);
     if (work.sequence < 0 || work.parts == 1) return;

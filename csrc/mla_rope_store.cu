@@ -1,6 +1,7 @@
 // mla_rope_store.cu - RoPE of latent attention's queries, in place, and its entry of the paged cache: the latent after
 // RMSNorm and the rotated key. In float32, rounded once. A warp has some heads of a token's queries, or its entry.
 #include "common/op.h"
+#include "common/ptx.h"
 #include "common/reduce.h"
 #include "common/vector.h"
 
@@ -37,6 +38,7 @@ __device__ void rotate(const T* from, T* to, const float* cos_sin_R, int R) {
 
 template <class T, bool interleaved>
 __global__ void __launch_bounds__(32 * warps) mla_rope_store_kernel(const Params<T> p) {
+    wait_for_previous_kernels();
     const int64_t token = blockIdx.x;
     const int unit = int(blockIdx.y) * warps + threadIdx.y;  // 0: the entry, then the queries
     const float* cos_sin_R = p.cos_sin_PR + p.positions_T[token] * p.cos_sin_stride;
@@ -107,7 +109,7 @@ void mla_rope_store_(Tensor q, const Tensor& latent, Tensor kv_cache, const Tens
         const int units = 1 + int((H + heads - 1) / heads);
         const dim3 grid{unsigned(tokens), unsigned((units + warps - 1) / warps)};
         launch(interleaved ? mla_rope_store_kernel<T, true> : mla_rope_store_kernel<T, false>,
-               {grid, dim3(32, warps), 0, device.stream}, p);
+               {grid, dim3(32, warps), 0, device.stream, true}, p);
     });
 }
 

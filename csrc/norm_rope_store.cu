@@ -43,6 +43,7 @@ struct Head {
 
 template <class T, bool interleaved>
 __global__ void __launch_bounds__(256) kernel(const Params<T> p) {
+    wait_for_previous_kernels();
     const int64_t token = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
     const HeadPart<T> part(threadIdx.x, p.K, p.R);
     const int first_head = blockIdx.y * heads_per_lane * blockDim.y + threadIdx.y;
@@ -129,7 +130,7 @@ void norm_rope_store_(Tensor qkv, Tensor kv_cache, const Tensor& positions, cons
         p.tokens = int(arguments["T"]), p.H = int(H), p.G = int(G), p.K = int(K);
         p.S = int(arguments["S"]), p.R = int(R);
         const HeadTile tile = choose_head_tile(p.tokens, p.H + 2 * p.G, head_lanes<T>(p.K));
-        launch(interleaved ? kernel<T, true> : kernel<T, false>, {tile.grid, tile.block, 0, device.stream}, p);
+        launch(interleaved ? kernel<T, true> : kernel<T, false>, {tile.grid, tile.block, 0, device.stream, true}, p);
     });
 }
 

@@ -18,6 +18,7 @@
 #include "common/argmax.h"
 #include "common/op.h"
 #include "common/philox.h"
+#include "common/ptx.h"
 #include "common/vector.h"
 
 namespace {
@@ -143,6 +144,7 @@ struct Sequence {
 
 template <class T>
 __global__ void __launch_bounds__(512) slices(const Params<T> p, int blocks) {
+    wait_for_previous_kernels();
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const Sequence<T> sequence{p, int(blockIdx.x / blocks)};
     for (int n = blockIdx.x % blocks * warps + threadIdx.x / 32; n < p.N; n += blocks * warps) {
@@ -298,6 +300,7 @@ struct Kept {
 
 template <class T>
 __global__ void __launch_bounds__(1024) finish(const Params<T> p) {
+    wait_for_previous_kernels();
     const Sequence<T> sequence{p, int(blockIdx.x)};
     const Slice* slices = p.slices_BN + int64_t(sequence.b) * p.N;
     float largest = -INFINITY;
@@ -335,12 +338,6 @@ Tile choose_tile(int B, int V) {
     const int slices = (V + slice - 1) / slice, warps = std::min(slices, 16);
     const int enough = (slices + warps - 1) / warps, wanted = std::max(1024 / B, 1);  // of 512 threads, to fill a GPU
     return {slices, std::min(enough, wanted), 32 * warps, 32 * std::min(slices, 32)};
-}
-
-template <class T>
-void run(const Params<T>& p, const Tile& tile, cudaStream_t stream) {
-    launch(slices<T>, {dim3(p.B * tile.blocks), dim3(tile.threads), 0, stream}, p, tile.blocks);
-    launch(finish<T>, {dim3(p.B), dim3(tile.finishing_threads), 0, stream}, p);
 }
 
 using Optional = std::optional<Tensor>;
@@ -388,9 +385,17 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
     const bool aligned = reinterpret_cast<intptr_t>(logits.const_data_ptr()) % 16 == 0 && stride * bytes % 16 == 0;
     arguments.with_float_type([&](auto element) {
         using T = decltype(element);
-        run<T>({options, static_cast<const T*>(logits.const_data_ptr()), stride, aligned, int(B), int(V), tile.slices,
-                static_cast<Slice*>(partial.mutable_data_ptr()), static_cast<int64_t*>(tokens.mutable_data_ptr())},
-               tile, device.stream);
+        const Params<T> p{options,
+                          static_cast<const T*>(logits.const_data_ptr()),
+                          stride,
+                          aligned,
+                          int(B),
+                          int(V),
+                          tile.slices,
+                          static_cast<Slice*>(partial.mutable_data_ptr()),
+                          static_cast<int64_t*>(tokens.mutable_data_ptr())};
+        launch(slices<T>, {dim3(p.B * tile.blocks), dim3(tile.threads), 0, device.stream, true}, p, tile.blocks);
+        launch(finish<T>, {dim3(p.B), dim3(tile.finishing_threads), 0, device.stream, true}, p);
     });
     return tokens;
 }

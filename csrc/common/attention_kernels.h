@@ -29,6 +29,7 @@ struct Prefill {
 
 template <class P, class T, class Source>
 __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p, const Source source) {
+    wait_for_previous_kernels();
     constexpr int K = P::K, V = P::V, MI = P::MI, keys = P::keys;
     auto& s = *dynamic_shared<typename P::Shared>();
     const int warp = threadIdx.x / 32;
@@ -124,6 +125,7 @@ struct Decode {
 
 template <class P, class T, class Source>
 __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> p, const Source source) {
+    wait_for_previous_kernels();
     constexpr int K = P::K, V = P::V, keys = P::keys;
     auto& s = *dynamic_shared<typename P::Shared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -198,6 +200,7 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
 constexpr int plain_columns = 256;
 template <class Source, int columns>
 __global__ void __launch_bounds__(32) plain(const Problem<float> p, const Source source, int K, int V) {
+    wait_for_previous_kernels();
     struct Row {
         float q[columns], weights[32];
     };
@@ -267,10 +270,10 @@ void launch_tiles(void (*kernel)(Problem<T>, Rest...), std::decay_t<void (*)(Pro
         p.done = done ? static_cast<unsigned*>(done->mutable_data_ptr()) : nullptr;
     }
     dim3 grid(unsigned(tiles), unsigned(p.G), unsigned(p.splits));
-    launch(kernel, {grid, dim3(P::threads), sizeof(typename P::Shared), stream}, p, rest...);
+    launch(kernel, {grid, dim3(P::threads), sizeof(typename P::Shared), stream, true}, p, rest...);
     if (!merge || p.splits == 1) return;
     grid.z = P::rows * P::V / 4 / P::threads;
-    launch(merge, {grid, dim3(P::threads), 0, stream}, p, rest...);
+    launch(merge, {grid, dim3(P::threads), 0, stream, true}, p, rest...);
 }
 
 // At least as many tiles as sequences of `queries` in all need, whatever their lengths.
@@ -293,7 +296,7 @@ void run_decode(const Problem<T>& p, const Source& source, const Tensor& q, int6
 template <int columns = plain_columns, class Source>
 void run_plain(const Problem<float>& p, const Source& source, const Tensor& q, int K, int V, cudaStream_t stream) {
     const dim3 grid(unsigned(q.size(0) * p.R), unsigned(p.G));
-    launch(plain<Source, columns>, {grid, dim3(32), 0, stream}, p, source, K, V);
+    launch(plain<Source, columns>, {grid, dim3(32), 0, stream, true}, p, source, K, V);
 }
 
 // What both ops check of their options; the problem, but for its result.

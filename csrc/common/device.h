@@ -79,12 +79,23 @@ inline int multiprocessors() { return 8; }  // a few, so that small problems too
 inline int max_shared_memory() { return 227 * 1024; }
 #endif
 
+#ifdef __CUDACC__
+// Whether the kernel's code waits for the kernels before it: that for sm_90 and newer does.
+template <class... Parameters>
+bool waits_for_previous_kernels(void (*kernel)(Parameters...)) {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90;
+}
+#endif
+
 // launch(kernel, {grid, block, smem, stream}, arguments...); arguments convert to the kernel's types.
 struct Launch {
     dim3 grid, block;
     size_t smem = 0;  // bytes of dynamic_shared()
     cudaStream_t stream = nullptr;
-    bool overlap = false;  // programmatic dependent launch: may start before the previous kernel ends
+    bool overlap = false;  // programmatic dependent launch: the kernel, which calls wait_for_previous_kernels, may
+                           // start before the one ahead of it ends
 };
 
 template <class... Parameters, class... Arguments>
@@ -110,7 +121,7 @@ void launch(void (*kernel)(Parameters...), const Launch& l, Arguments&&... argum
     config.dynamicSmemBytes = l.smem;
     config.stream = l.stream;
     config.attrs = &attribute;
-    config.numAttrs = l.overlap ? 1 : 0;
+    config.numAttrs = l.overlap && waits_for_previous_kernels(kernel) ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 #else
     const std::tuple<void (*)(Parameters...), Parameters...> call(kernel,

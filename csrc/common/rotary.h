@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "common/op.h"
+#include "common/ptx.h"
 #include "common/rows.h"
 #include "common/vector.h"
 

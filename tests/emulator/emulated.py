@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +12,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import Tensor
 
 BUILD = Path(__file__).parents[2] / "build" / "emulator"
 EMULATOR = pytest.StashKey["Emulator | None"]()  # where a test run keeps the one it was given
 SCHEDULES = {"plain": 4, "asan": 2, "tsan": 1}  # of each flavour, how many a test runs under
+
+
+def runs(tensor: Tensor) -> Iterator[Tensor]:
+    """The parts of a tensor that lie end to end."""
+    if tensor.is_contiguous():
+        yield tensor
+    else:
+        for part in tensor:
+            yield from runs(part)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,23 @@ class Emulator:
     @property
     def ops(self) -> tuple[str, ...]:
         return self.module.ops  # type: ignore[no-any-return]
+
+    @contextmanager
+    def overlapping(self) -> Iterator[Callable[[], int]]:
+        """Inside, launches that may overlap the kernels before them do so in ThreadSanitizer's eyes. Gives a function
+        that tells how many there were."""
+        library = ctypes.CDLL(str(self.path))
+        library.emulator_overlap(ctypes.c_bool(True))
+        try:
+            yield lambda: int(library.emulator_overlap(ctypes.c_bool(True)))
+        finally:
+            library.emulator_overlap(ctypes.c_bool(False))
+
+    def touch(self, tensor: Tensor) -> None:
+        """Runs a kernel that writes the tensor's elements; they stay as they are."""
+        touch = ctypes.CDLL(str(self.path)).emulator_touch
+        for run in runs(tensor):
+            touch(ctypes.c_void_p(run.data_ptr()), ctypes.c_size_t(run.numel() * run.element_size()))
 
     @contextmanager
     def enabled(self, seed: int) -> Iterator[None]:

@@ -20,6 +20,8 @@ Stats& stats() {
 
 void synchronize() { release(&start_key); }
 
+static std::atomic<int> overlapped_launches;
+
 void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const void* arguments) {
     const size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
     if (!threads || threads > max_threads || !blocks || block.z > 64 || grid.y > 65535 || grid.z > 65535)
@@ -32,6 +34,7 @@ void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const v
     static void* const root = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
     const Options o = options();
     const bool early = overlap && root && o.overlap;
+    overlapped_launches += overlap;
     release(&stream_key);
     if (!early)
         synchronize();
@@ -84,5 +87,28 @@ void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const v
 }  // namespace emu
 
 // For the tests, which load the library into Python.
-extern "C" __attribute__((visibility("default"))) void emulator_seed(uint64_t seed) { emu::options().seed = seed; }
-extern "C" __attribute__((visibility("default"))) void emulator_overlap(bool on) { emu::options().overlap = on; }
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void emulator_seed(uint64_t seed) { emu::options().seed = seed; }
+
+// How later overlapped launches are run: see Options. Returns how many there were since the last call.
+EXPORT int emulator_overlap(bool on) {
+    emu::options().overlap = on;
+    return emu::overlapped_launches.exchange(0);
+}
+
+// A kernel that writes n bytes, as ThreadSanitizer sees it; they stay as they are.
+EXPORT void emulator_touch(void* p, size_t n) {
+    struct Bytes {
+        void* p;
+        size_t n;
+    };
+    const Bytes bytes{p, n};
+    emu::launch(
+        dim3(1), dim3(1), 0, false,
+        [](const void* arguments) {
+            const auto& b = *static_cast<const Bytes*>(arguments);
+            if (__tsan_write_range) __tsan_write_range(b.p, b.n);
+        },
+        &bytes);
+}

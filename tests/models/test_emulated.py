@@ -33,6 +33,8 @@ SEEDS = 0, 1  # of the emulated threads' schedules: in order, and at random; the
 ERROR_FACTOR = 1.25  # of errors' root mean squares; rounding at other places is as likely to help as to hurt
 STORES = {GQAConfig: {"norm_rope_store_", "paged_attention"}, MLAConfig: {"mla_rope_store_", "mla_paged_attention"}}
 MOE_OPS = {"topk_gate", "moe_dispatch", "grouped_swiglu", "grouped_linear", "moe_combine"}
+FEW_OPS = {"norm_linear", "norm_swiglu", "linear_add_"}  # of few tokens
+FEW_MOE_OPS = {"norm_gate", "experts_swiglu", "experts_add_"}
 
 
 class Kernels(NamedTuple):
@@ -84,17 +86,21 @@ class Case(NamedTuple):
         return any(isinstance(layer.ffn, MoEConfig) for layer in self.layers)
 
     @property
+    def dense(self) -> bool:
+        return any(layer.ffn == DENSE or layer.ffn.shared for layer in self.layers)
+
+    @property
     def whole(self) -> set[str]:
         """The ops that its layers take without a cache."""
-        dense = any(layer.ffn == DENSE or layer.ffn.shared for layer in self.layers)
-        ops = {"embedding", "rms_norm", "add_rms_norm_", "rope", "attention"}
-        return ops | ({"swiglu"} if dense else set()) | (MOE_OPS if self.routed else set())
+        ops = {"embedding", "rms_norm", "rope", "attention"}
+        return ops | ({"swiglu"} if self.dense else set()) | (MOE_OPS if self.routed else set())
 
     @property
     def serving(self) -> set[str]:
-        """Those that they take with one."""
+        """Those that they take with one, for many tokens and for few."""
         stores = (STORES[type(layer.attention)] for layer in self.layers)
-        return self.whole.union(*stores) - {"rope", "attention"}
+        of_few = (FEW_OPS if self.dense else FEW_OPS - {"norm_swiglu"}) | (FEW_MOE_OPS if self.routed else set())
+        return self.whole.union(of_few, *stores) - {"rope", "attention"}
 
 
 CASES = {

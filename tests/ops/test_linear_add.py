@@ -15,7 +15,7 @@ from pyllama.ops.registry import implementation
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
     weight = torch.randn(24, 16, dtype=dtype)
     yield torch.randn(3, 24, dtype=dtype), torch.randn(3, 16, dtype=dtype), weight, torch.randn(24, dtype=dtype)
-    yield torch.randn(2, 24, dtype=dtype), torch.randn(2, 16, dtype=dtype), weight
+    yield torch.randn(2, 24, dtype=dtype), torch.randn(2, 16, dtype=dtype), weight, None, True
 
 
 @pytest.mark.parametrize(("T", "D", "F"), [(T, D, F // 8 * 8) for T, D, F in SHAPES] + [(0, 64, 32), (1, 8, 5)])

@@ -14,7 +14,7 @@ from pyllama.ops.registry import implementation
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
     norm, weight = 1 + 0.1 * torch.randn(16, dtype=dtype), torch.randn(24, 16, dtype=dtype)
     yield torch.randn(3, 16, dtype=dtype), norm, 1e-5, weight, torch.randn(24, dtype=dtype)
-    yield torch.randn(2, 16, dtype=dtype), None, 0.0, weight
+    yield torch.randn(2, 16, dtype=dtype), None, 0.0, weight, None, True
 
 
 def normalised(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:

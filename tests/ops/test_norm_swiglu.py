@@ -14,7 +14,7 @@ from pyllama.ops.norm_swiglu import norm_swiglu
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
     norm, weight = 1 + 0.1 * torch.randn(16, dtype=dtype), torch.randn(24, 16, dtype=dtype) / 4
     yield torch.randn(3, 16, dtype=dtype), norm, 1e-5, weight, torch.randn(24, dtype=dtype)
-    yield torch.randn(2, 16, dtype=dtype), None, 0.0, weight
+    yield torch.randn(2, 16, dtype=dtype), None, 0.0, weight, None, True
 
 
 @pytest.mark.parametrize(("T", "D", "F"), [*SHAPES, (0, 64, 32)])
