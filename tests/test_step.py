@@ -120,11 +120,11 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
 def test_a_batch_that_loses_members(options: dict[str, Any], any_model: Model, way: Way) -> None:
-    """By length and by stops, several at once and one by one, through all numbers of places from 12 down; each sequence
-    gets what it gets alone, where every step is read before the next begins."""
+    """By length and by stops, several at once and one by one, some without a change of places; each sequence gets what
+    it gets alone, where every step is read before the next begins."""
     model = copy.deepcopy(any_model).to(way.device)
-    prompts = prompts_of(V, 3, PAGE_SIZE, 17, 1, PAGE_SIZE - 1, 40, 5, PAGE_SIZE + 1, 9, 130, 2)
-    rooms = [24, 5, 11, 24, 24, 7, 24, 16, 5, 24, 1]
+    prompts = prompts_of(V, 3, PAGE_SIZE, 17, 1, PAGE_SIZE - 1, 40, 5, PAGE_SIZE + 1, 9, 130, 2, 8, 12, 33, 6, 4, 7, 10)
+    rooms = [24, 5, 11, 24, 24, 7, 24, 16, 5, 24, 1, 13, 3, 9, 2, 15, 4, 12]
     stops = {0: 9, 3: 6, 5: 7, 6: 3, 7: 3}
     params = SamplingParams(**options)
     expected = []
@@ -245,6 +245,23 @@ def test_every_step_begins_before_the_one_before_is_read(model: Model, passes: l
     for begun in (2, 3, 4, 4):
         decoding.step()
         assert len(passes) == begun
+
+
+def test_places_become_fewer(any_model: Model, way: Way, passes: list[int]) -> None:
+    """What nobody uses counts for nothing. Graphs are captured, after one pass without them, for each number of places;
+    when they are replayed, the model is not asked."""
+    rooms = list(range(4, 48, 4))
+    model = copy.deepcopy(any_model).to(way.device)
+    decoding = way.decoding(model, prompts_of(V, *[5] * len(rooms)), rooms, SamplingParams())
+    for steps in range(1, max(rooms) + 1):
+        decoding.step()
+        begun = min(steps + way.ahead, max(rooms))
+        lengths = decoding._context._batch.seq_lens
+        sequences = sum(room >= begun for room in rooms)
+        assert len(lengths) == (places_for(sequences) if way.graphs else sequences)
+        assert lengths.count_nonzero() == sequences
+    if way.graphs:
+        assert passes[1:] == [places for places in (12, 10, 8, 7, 6, 5, 4, 3, 2, 1) for _ in range(2)]
 
 
 def test_another_call_may_take_longer_tables(any_model: Model, way: Way) -> None:

@@ -5,6 +5,7 @@ So at one step of decoding the keys so far are computed anew.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 from decoder import Decoder
 from families import draw, write
+from recorded import Recorded
 from transformers import Phi3ForCausalLM
 
 import pyllama
-from pyllama import step
+from pyllama import generation, step
 from pyllama.cache import PAGE_SIZE
 from pyllama.model import Model
 
@@ -95,6 +97,19 @@ def test_samples_that_share_a_prompt(model: Model) -> None:
     for outs, whole in zip(stopped, free, strict=True):
         for out, tokens in zip(outs, whole, strict=True):
             assert out.token_ids == tokens[: len(out.token_ids)]
+
+
+@pytest.mark.parametrize(("ahead", "graphs"), [(1, False), (1, True), (3, True)])
+def test_steps_that_are_read_late_and_replayed(
+    ahead: int, graphs: bool, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed anew needs the tokens so far, of which the last is still on the device."""
+    prompts = prompts_of(LENGTHS)
+    options: dict[str, Any] = {"n": 2, "temperature": 0.8, "seed": 5, "max_new_tokens": NEW}
+    expected = [[out.token_ids for out in outs] for outs in pyllama.generate(model, prompts, **options)]
+    monkeypatch.setattr(step, "Graphs", Recorded)
+    monkeypatch.setattr(generation, "Decoding", partial(step.Decoding, ahead=ahead, graphs=graphs))
+    assert [[out.token_ids for out in outs] for outs in pyllama.generate(model, prompts, **options)] == expected
 
 
 def test_the_factors_matter(model: Model, reference: Phi3ForCausalLM) -> None:
