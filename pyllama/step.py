@@ -52,20 +52,22 @@ class Decoding:
         graphs: bool | None = None,
     ) -> None:
         self._device = model.device
-        on_gpu = self._device.type == "cuda"
+        self._on_gpu = self._device.type == "cuda"
         if graphs is None:
-            graphs = use_cache and on_gpu and all(implementation(op, self._device) == "cuda" for op in OPS)
+            graphs = use_cache and self._on_gpu and all(implementation(op, self._device) == "cuda" for op in OPS)
         if graphs and not use_cache:
             raise ValueError("graphs need a cache: without one each step has another shape; use graphs=False")
         self._graphs = graphs
         self._run: Runner = Graphs(self._device) if graphs else directly
-        self._ahead = int(on_gpu) if ahead is None else ahead
+        self._ahead = int(self._on_gpu) if ahead is None else ahead
         # Past this length RoPE changes for all of a sequence's tokens: then they are needed on the host, but the last.
         self._switch = model.config.rope_switch if use_cache else None
         if self._switch is not None:
             self._ahead = min(self._ahead, 1)
 
-        self._texts = [list(prompt) for prompt in prompts for _ in range(params.n)]  # as far as they were read
+        self._texts = [
+            list(prompt) for prompt in prompts for _ in range(params.n)
+        ]  # and what was read, if it is needed
         self._rooms = [room for room in max_new_tokens for _ in range(params.n)]
         self._stopped: set[int] = set()
         self._steps = 0  # begun so far
@@ -90,8 +92,9 @@ class Decoding:
         while len(self._in_flight) <= self._ahead and (going_on := self._going_on()):
             self._begin(going_on)
         new = {sequence: entry for sequence, entry in self._in_flight.popleft().read() if sequence not in self._stopped}
-        for sequence, (token, _) in new.items():
-            self._texts[sequence].append(token)
+        if self._switch is not None:
+            for sequence, (token, _) in new.items():
+                self._texts[sequence].append(token)
         return new
 
     def stop(self, sequences: Collection[int]) -> None:
@@ -117,11 +120,11 @@ class Decoding:
             self._rotate_anew()
             logits_BV = self._run("forward", partial(self._context.extend, self._tokens_B))
             results = self._run("sampling", partial(self._choose, logits_BV))
-        # On a GPU into pinned memory, which nobody waits for here.
-        on_host = tuple(result.to("cpu", non_blocking=True) for result in results)
-        on_gpu = self._device.type == "cuda"
-        ready = torch.cuda.current_stream(self._device).record_event() if on_gpu else None
-        self._in_flight.append(_InFlight(tuple(self._batch), on_host, ready))
+        ready = None
+        if self._on_gpu:  # the copies go to pinned memory, and nobody waits for them here
+            results = tuple(result.to("cpu", non_blocking=True) for result in results)
+            ready = torch.cuda.current_stream(self._device).record_event()
+        self._in_flight.append(_InFlight(self._batch, results, ready))
         self._steps += 1
 
     def _choose(self, logits_BV: Tensor) -> tuple[Tensor, ...]:
@@ -133,7 +136,7 @@ class Decoding:
     def _keep(self, places: list[int]) -> None:
         """Only the sequences in these places go on, in the first places; nobody waits for the device."""
         filled = self._filled(places)
-        on_host = torch.tensor(filled, pin_memory=self._device.type == "cuda")
+        on_host = torch.tensor(filled, pin_memory=self._on_gpu)
         rows = on_host.to(self._device, non_blocking=True)
         if self._graphs and len(filled) < len(self._tokens_B):
             self._run = Graphs(self._device)  # for so many places; the old ones go, as a batch never grows
@@ -164,7 +167,7 @@ class Decoding:
 class _InFlight(NamedTuple):
     """A step that was begun: whose it is, and what it gives, which is on the host when it is `ready`."""
 
-    sequences: tuple[int, ...]
+    sequences: list[int]
     results: tuple[Tensor, ...]  # tokens, int64 [B], and what `logprobs_of` gives; those of unused places come last
     ready: torch.cuda.Event | None  # None: at once
 

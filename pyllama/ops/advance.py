@@ -1,6 +1,5 @@
 """The state of decoding sequences moves on by one token. B sequences, S page size."""
 
-import torch
 from torch import Tensor
 
 from pyllama.ops.registry import nothing, op
@@ -24,13 +23,13 @@ def advance_(positions: Tensor, seq_lens: Tensor, slots: Tensor, block_table: Te
     """
     if page_size < 1:
         raise ValueError(f"advance_: page_size is {page_size}, but must be at least 1")
-    max_pages = block_table.shape[1]
-    used_B = seq_lens > 0
     positions.copy_(seq_lens)
-    seq_lens.add_(used_B)
-    if max_pages == 0:
+    seq_lens.add_(positions.sign())
+    capacity = block_table.shape[1] * page_size
+    if capacity <= 1:  # none has a place for one more
         slots.fill_(-1)
         return
-    column_B = positions.div(page_size, rounding_mode="floor")
-    page_B = block_table.gather(1, column_B.clamp(max=max_pages - 1).unsqueeze(1).long()).squeeze(1)
-    slots.copy_(torch.where((column_B < max_pages) & used_B, page_B * page_size + positions.remainder(page_size), -1))
+    stored_B = positions.clamp(1, capacity - 1)
+    page_B = block_table.gather(1, stored_B.div(page_size, rounding_mode="floor").unsqueeze(1).long()).squeeze(1)
+    slots_B = stored_B.remainder(page_size).add_(page_B, alpha=page_size)
+    slots.copy_(slots_B.where(positions == stored_B, -1))
