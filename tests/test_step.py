@@ -296,17 +296,19 @@ def test_leaving_early_frees_everything(any_model: Model, way: Way) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_memory_of_graphs_comes_back(any_model: Model) -> None:
-    """With each batch the graphs of larger ones go; a first call leaves what cuBLAS keeps."""
+    """A first call leaves what cuBLAS keeps, others nothing."""
     model = copy.deepcopy(any_model).to("cuda")
     prompts = prompts_of(V, *range(1, 21))
     rooms = [5 + 3 * number for number in range(20)]
-    used = []
+    allocated, reserved = [], []
     for _ in range(3):
         written(Decoding(model, prompts, rooms, SamplingParams(), graphs=True), rooms)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert used[1] == used[2]
+        allocated.append(torch.cuda.memory_allocated())
+        reserved.append(torch.cuda.memory_reserved())
+    assert allocated[1] == allocated[2]
+    assert reserved[1] >= reserved[2]
 
 
 @pytest.mark.cuda
