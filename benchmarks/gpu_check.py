@@ -35,6 +35,7 @@ MODELS = {
     "Qwen3-30B-A3B": ("--layers", "4"),
     "DeepSeek-R1": ("--first", "2", "--layers", "2", "--experts", "64"),
 }
+HOST_COST = "Llama-3.2-1B-Instruct"  # small, so that a step is short for what the host does in it
 STAGE_SECONDS = 520
 START_SECONDS = 40  # for what pytest needs before its first test and after its last, under a sanitizer
 SEEDS = (1, 2)  # of the ops' random inputs, beside 0
@@ -143,7 +144,8 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
         return ["--seconds", f"{max(share * (end - monotonic()) - START_SECONDS, 1):.0f}"]
 
     if stage == "test":
-        others = [TESTS / "ops" / "test_graphs.py", TESTS / "models" / "test_emulated.py", TESTS / "test_extension.py"]
+        others = [TESTS / "ops" / "test_graphs.py", TESTS / "models" / "test_emulated.py", TESTS / "test_step.py"]
+        others.append(TESTS / "test_extension.py")
         command = [*pytest, out / "tests.jsonl", *within(0.6), "-k", "cuda or test_extension", *tests, *others]
         yield Step("tests", command, by_status, "tests.jsonl")
         yield from conformance(out)
@@ -170,6 +172,9 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
         yield Step("wheel", [python, ROOT / "tests" / "wheel" / "smoke.py"], by_status)
         cli = [python, "-c", "from pyllama.cli import app; app()"]
         yield Step("generate", [*cli, "generate", "demo", "If the file", "--json"], by_text)
+        for name, options in {"host-cost": (), "host-cost-1B": ("--config", TESTS / "configs" / HOST_COST)}.items():
+            command = [python, "-m", "benchmarks.host_cost", *options, "--output", out]
+            yield Step(name, command, by_status, "host_cost.jsonl")
         rows = "model_check.jsonl"
         for name, options in MODELS.items():
             command = [python, "-m", "benchmarks.model_check", "--config", TESTS / "configs" / name, *options]

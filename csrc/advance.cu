@@ -1,5 +1,5 @@
 // advance.cu - one more token of each decoding sequence: position, length, and place in the paged cache. A thread does
-// a sequence.
+// a sequence. One of length 0 is an unused place of the batch and stays as it is.
 #include "common/op.h"
 #include "common/ptx.h"
 
@@ -19,8 +19,10 @@ __global__ void __launch_bounds__(threads) advance_kernel(const Params p) {
     if (b >= p.B) return;
     const int position = p.seq_lens_B[b], column = position / p.S;
     p.positions_B[b] = position;
-    p.seq_lens_B[b] = position + 1;
-    p.slots_B[b] = column < p.max_pages ? p.block_table[int64_t(b) * p.max_pages + column] * p.S + position % p.S : -1;
+    if (position > 0) p.seq_lens_B[b] = position + 1;
+    p.slots_B[b] = position > 0 && column < p.max_pages
+                       ? p.block_table[int64_t(b) * p.max_pages + column] * p.S + position % p.S
+                       : -1;
 }
 
 void advance_(const Tensor& positions, const Tensor& seq_lens, const Tensor& slots, const Tensor& block_table,

@@ -244,21 +244,21 @@ def _chunks(
     """Decodes until every sequence has ended. Nothing outlives the generator."""
     start = perf_counter()
     rooms = [min(params.max_new_tokens, model.config.max_positions - len(prompt)) for prompt in prompts]
-    live = [
+    sequences = [
         _Sequence(index, sample, len(prompt), room, TextStream(model.tokenizer, params.stop_strings))
         for index, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
         for sample in range(params.n)
     ]
     decoding = Decoding(model, prompts, rooms, params, use_cache)
-    while live:
+    going_on = len(sequences)
+    while going_on:
         new = decoding.step()
         seconds = perf_counter() - start
-        chunks = [
-            sequence.accept(token, logprobs, token in stop_ids, seconds)
-            for sequence, (token, logprobs) in zip(live, new, strict=True)
-        ]
-        rows = [row for row, chunk in enumerate(chunks) if chunk.finish_reason is None]
-        if 0 < len(rows) < len(live):
-            decoding.keep(rows)
-        live = [live[row] for row in rows]
-        yield from chunks
+        chunks = {
+            number: sequences[number].accept(token, logprobs, token in stop_ids, seconds)
+            for number, (token, logprobs) in new.items()
+        }
+        ended = [number for number, chunk in chunks.items() if chunk.finish_reason is not None]
+        decoding.stop(ended)
+        going_on -= len(ended)
+        yield from chunks.values()

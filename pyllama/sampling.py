@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyllama.graphs import keep_rows
 from pyllama.ops.registry import cast, compute_dtype
 from pyllama.ops.sample import sample
 
@@ -121,7 +122,7 @@ def derived_seed(seed: int, sample: int) -> int:
 
 
 class Sampler:
-    """Chooses one token for each sequence of a batch; its state stays on the device.
+    """Chooses one token for each sequence of a batch; its state stays on the device, where it is.
 
     prompts: token ids of each sequence's prompt; seeds: one per sequence. Each sequence has its own random
     stream, so what it gets does not depend on its neighbours.
@@ -173,8 +174,8 @@ class Sampler:
         return tokens_B
 
     def keep(self, rows: Tensor) -> None:
-        """Only the sequences `rows` (int64) remain, in this order."""
-        self._state = {name: value[rows] for name, value in self._state.items()}
+        """Only the sequences `rows` (int64) remain, in this order; one may be there twice."""
+        self._state = {name: keep_rows(value, rows) for name, value in self._state.items()}
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,14 @@ class TokenLogprobs:
     top: dict[int, float]  # the likeliest tokens, likeliest first
 
 
-def token_logprobs(logits_BV: Tensor, tokens_B: Tensor, top: int) -> list[TokenLogprobs]:
-    """Of each sequence's chosen token, beside those of the `top` likeliest."""
+def logprobs_of(logits_BV: Tensor, tokens_B: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """On the device: the chosen tokens' log-probabilities [B]; ids and log-probabilities of the likeliest [B, top]."""
     logprobs_BV = torch.log_softmax(cast(logits_BV, compute_dtype(logits_BV)), dim=-1)
     values_BN, ids_BN = logprobs_BV.topk(top, dim=-1)
-    chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    return logprobs_BV.gather(1, tokens_B[:, None])[:, 0], ids_BN, values_BN
+
+
+def token_logprobs(tokens_B: Tensor, chosen_B: Tensor, ids_BN: Tensor, values_BN: Tensor) -> list[TokenLogprobs]:
+    """Of each sequence's chosen token, from what `logprobs_of` gives."""
     rows = zip(tokens_B.tolist(), chosen_B.tolist(), ids_BN.tolist(), values_BN.tolist(), strict=True)
     return [TokenLogprobs(token, logprob, dict(zip(ids, values, strict=True))) for token, logprob, ids, values in rows]

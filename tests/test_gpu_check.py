@@ -17,7 +17,7 @@ from emulated import EMULATOR
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
 
-from benchmarks import gpu_check  # noqa: E402
+from benchmarks import gpu_check, host_cost  # noqa: E402
 from benchmarks.bench import benches  # noqa: E402
 from benchmarks.model_check import compare, cut_down, random_model  # noqa: E402
 from pyllama.architectures import read_config  # noqa: E402
@@ -157,6 +157,18 @@ def test_the_model_check_notices_a_wrong_kernel(tiny: ModelConfig) -> None:
         library._destroy()
     assert not row["passed"]
     assert row["ops_with_kernel"] == 1
+
+
+def test_what_a_step_costs_the_host(tiny: ModelConfig) -> None:
+    """Of a step, the parts are within the whole, and nothing is left replaced."""
+    model = random_model(tiny, "cpu", torch.float32)
+    for options in host_cost.SAMPLING.values():
+        figures = host_cost.measure(model, 2, 4, options)
+        assert figures["waiting"] == 0  # the CPU is the device
+        assert 0 < figures["sampling"] < figures["step"]
+        assert 0 < figures["model"] < figures["step"]
+        assert 0 < figures["host"] < figures["step"]
+    assert all(getattr(owner, name).__qualname__.startswith(owner.__name__) for owner, name in host_cost.TIMED.values())
 
 
 def test_everything_is_measured() -> None:

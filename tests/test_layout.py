@@ -27,6 +27,7 @@ ORDER = [
     {"tokenizer"},
     {"loader"},
     {"convert"},
+    {"graphs"},
     {"sampling"},
     {"text"},
     {"step"},
@@ -47,6 +48,7 @@ ONLY = {
     "architectures": {"config", "files", "weights"},
     "save": {"config", "checkpoint", "weights"},
     "template": set(),
+    "graphs": set(),
     "tokenizer": {"files", "architectures", "template"},  # of the second its reader of JSON files
 }
 OPS = sorted(

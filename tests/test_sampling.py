@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyllama.sampling import Sampler, SamplingParams, derived_seed, token_logprobs
+from pyllama.sampling import Sampler, SamplingParams, derived_seed, logprobs_of, token_logprobs
 
 CPU = torch.device("cpu")
 V = 50
@@ -184,10 +184,10 @@ def test_logprobs(dtype: torch.dtype) -> None:
     logits = (5 * torch.randn(3, V)).to(dtype)
     tokens = torch.tensor([4, 0, V - 1])
     expected = torch.log_softmax(logits.double(), dim=-1)
-    for row, found in enumerate(token_logprobs(logits, tokens, 4)):
+    for row, found in enumerate(token_logprobs(tokens, *logprobs_of(logits, tokens, 4))):
         assert found.token_id == tokens[row]
         assert found.logprob == pytest.approx(float(expected[row, tokens[row]]), abs=1e-5)
         order = sorted(range(V), key=lambda v: -float(expected[row, v]))[:4]
         assert [expected[row, token] for token in found.top] == [expected[row, token] for token in order]
         assert list(found.top.values()) == pytest.approx([float(expected[row, v]) for v in order], abs=1e-5)
-    assert token_logprobs(logits, tokens, 0)[0].top == {}
+    assert token_logprobs(tokens, *logprobs_of(logits, tokens, 0))[0].top == {}

@@ -21,7 +21,7 @@ def cases(scope: Scope) -> Iterator[Case]:
 
 
 def inputs(dtype: torch.dtype, B: int, max_pages: int) -> tuple[Any, ...]:
-    lengths = torch.randint(0, max_pages * S, (B,), dtype=torch.int32)  # they grow from call to call, past the table
+    lengths = torch.randint(1, max_pages * S, (B,), dtype=torch.int32)  # they grow from call to call, past the table
     table = torch.randperm(B * max_pages).view(B, max_pages).to(torch.int32)
     return torch.empty_like(lengths), lengths, torch.empty_like(lengths), table
 

@@ -1,6 +1,5 @@
 """The state of decoding sequences moves on by one token. B sequences, S page size."""
 
-import torch
 from torch import Tensor
 
 from pyllama.ops.registry import nothing, op
@@ -19,16 +18,18 @@ def advance_(positions: Tensor, seq_lens: Tensor, slots: Tensor, block_table: Te
 
     positions, seq_lens, slots: int32 [B]; positions becomes seq_lens, seq_lens one more, slots page * S + place of the
     position, the page being block_table[b, position // S] (int32 [B, max_pages]); -1, which is not stored, beyond the
-    block table. page_size: S, at least 1. Raises ValueError for shapes or values that do not fit.
+    block table. A sequence of length 0 is a place of the batch that nobody uses: it keeps length and position 0 and
+    slot -1. page_size: S, at least 1. Raises ValueError for shapes or values that do not fit.
     """
     if page_size < 1:
         raise ValueError(f"advance_: page_size is {page_size}, but must be at least 1")
-    max_pages = block_table.shape[1]
     positions.copy_(seq_lens)
-    seq_lens.add_(1)
-    if max_pages == 0:
+    seq_lens.add_(positions.sign())
+    capacity = block_table.shape[1] * page_size
+    if capacity <= 1:  # none has a place for one more
         slots.fill_(-1)
         return
-    column_B = positions.div(page_size, rounding_mode="floor")
-    page_B = block_table.gather(1, column_B.clamp(max=max_pages - 1).unsqueeze(1).long()).squeeze(1)
-    slots.copy_(torch.where(column_B < max_pages, page_B * page_size + positions.remainder(page_size), -1))
+    stored_B = positions.clamp(1, capacity - 1)
+    page_B = block_table.gather(1, stored_B.div(page_size, rounding_mode="floor").unsqueeze(1).long()).squeeze(1)
+    slots_B = stored_B.remainder(page_size).add_(page_B, alpha=page_size)
+    slots.copy_(slots_B.where(positions == stored_B, -1))

@@ -37,6 +37,8 @@ MUTANTS = [
         ("the slot of the next position", "position % p.S", "(position + 1) % p.S"),
         ("sequences past the batch", "    if (b >= p.B) return;\n", ""),
         ("columns past the block table are read", "column < p.max_pages", "column <= p.max_pages"),
+        ("unused places move on", "if (position > 0) p.seq_lens_B[b]", "p.seq_lens_B[b]"),
+        ("unused places are stored", "position > 0 && column", "column"),
     ),
     *planted("common/attention.h",
         ("rows of the next sequence are written", "min(queries * p.R - work.first, tile_rows)", "tile_rows"),

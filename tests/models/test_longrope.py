@@ -5,6 +5,7 @@ So at one step of decoding the keys so far are computed anew.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 from decoder import Decoder
 from families import draw, write
+from recorded import Recorded
 from transformers import Phi3ForCausalLM
 
 import pyllama
-from pyllama import step
+from pyllama import generation, step
 from pyllama.cache import PAGE_SIZE
 from pyllama.model import Model
 
@@ -97,12 +99,25 @@ def test_samples_that_share_a_prompt(model: Model) -> None:
             assert out.token_ids == tokens[: len(out.token_ids)]
 
 
+@pytest.mark.parametrize(("ahead", "graphs"), [(1, False), (1, True), (3, True)])
+def test_steps_that_are_read_late_and_replayed(
+    ahead: int, graphs: bool, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed anew needs the tokens so far, of which the last is still on the device."""
+    prompts = prompts_of(LENGTHS)
+    options: dict[str, Any] = {"n": 2, "temperature": 0.8, "seed": 5, "max_new_tokens": NEW}
+    expected = [[out.token_ids for out in outs] for outs in pyllama.generate(model, prompts, **options)]
+    monkeypatch.setattr(step, "Graphs", Recorded)
+    monkeypatch.setattr(generation, "Decoding", partial(step.Decoding, ahead=ahead, graphs=graphs))
+    assert [[out.token_ids for out in outs] for outs in pyllama.generate(model, prompts, **options)] == expected
+
+
 def test_the_factors_matter(model: Model, reference: Phi3ForCausalLM) -> None:
     """Else the tests above could not fail: keys that were not computed anew would give other tokens."""
     prompts = prompts_of(LENGTHS)
     kept = [step.Decoding(model, [prompt], [NEW], pyllama.SamplingParams(max_new_tokens=NEW)) for prompt in prompts]
     for decoding in kept:
-        decoding._context._switch = None
+        decoding._switch = None
     found = [[decoding.step()[0][0] for _ in range(NEW)] for decoding in kept]
     expected = [greedy(reference, prompt) for prompt in prompts]
     assert [tokens == wanted for tokens, wanted in zip(found, expected, strict=True)].count(True) <= 3

@@ -19,7 +19,7 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
 def test_steps(S: int, B: int, device: str) -> None:
     max_pages = 4
     table = torch.randperm(B * max_pages).view(B, max_pages).to(torch.int32)
-    lengths = torch.randint(0, max_pages * S, (B,)).tolist()
+    lengths = torch.randint(1, max_pages * S + 1, (B,)).tolist()
     state = [torch.full((B,), 2**31 - 1, dtype=torch.int32, device=device), int32(*lengths, device=device)]
     slots = torch.full((B,), 2**31 - 1, dtype=torch.int32, device=device)
     for step in range(S + 2):
@@ -32,6 +32,21 @@ def test_steps(S: int, B: int, device: str) -> None:
             for b, position in enumerate(positions)
         ]
         assert slots.tolist() == expected
+
+
+@pytest.mark.parametrize(("max_pages", "S"), [(0, 4), (1, 1), (3, 4)])
+def test_unused_places_stay_as_they_are(max_pages: int, S: int, device: str) -> None:
+    """Among sequences that move on; page 0 is somebody's."""
+    lengths = [0, 5, 0, 0, 1] * 40
+    table = torch.randint(0, 9, (len(lengths), max_pages), dtype=torch.int32, device=device)
+    positions, slots = (torch.full((len(lengths),), 2**31 - 1, dtype=torch.int32, device=device) for _ in range(2))
+    seq_lens = int32(*lengths, device=device)
+    for step in range(1, 4):
+        advance_(positions, seq_lens, slots, table, S)
+        assert seq_lens.tolist() == [length and length + step for length in lengths]
+        assert positions.tolist() == [length and length + step - 1 for length in lengths]
+        stored = [0 < length <= max_pages * S - step for length in lengths]
+        assert [slot >= 0 for slot in slots.tolist()] == stored
 
 
 def test_arguments(device: str) -> None:
