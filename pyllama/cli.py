@@ -1,4 +1,4 @@
-"""The command `pyllama`: generate, chat, convert, doctor.
+"""The command `pyllama`: generate, chat, convert, bench, doctor.
 
 Text goes to standard output, everything about it (loading, speed, errors) to standard error.
 """
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pyllama import doctor
+from pyllama.bench import Bench, report
 from pyllama.convert import convert as convert_checkpoint
 from pyllama.generation import generate as generate_text
 from pyllama.generation import stream
@@ -184,6 +186,56 @@ def convert(
         convert_checkpoint(source, folder, dtype, max_shard_size, ignore_config_key or ())
 
 
+@app.command(name="bench")
+def bench_command(
+    source: Annotated[str, typer.Argument(help="As elsewhere; with --random-weights also a shape's name.")],
+    batch: Annotated[str, typer.Option(help="Numbers of sequences, with commas between.")] = "1,4,16",
+    context: Annotated[
+        str | None, typer.Option(help="Lengths of prompts [default: 128,2048, as far as the model holds them]")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="For each sequence.")] = 64,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Of a shape, or of a folder's config.json: nothing is read.")
+    ] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="With --random-weights: the first layers only.")] = None,
+    compare: Annotated[bool, typer.Option(help="With transformers, where it is installed.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Whose median counts.")] = 3,
+    device: Device = None,
+    dtype: DType = None,
+    ignore_config_key: IgnoreKey = None,
+    json_: Annotated[str | None, typer.Option("--json", help="Also write one JSON object: to a file, or '-'.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write trace.json and kernels.md of some steps here, without --compare.")
+    ] = None,
+) -> None:
+    """Measure how fast the model SOURCE generates, beside what the device can do and transformers.
+
+    A table in Markdown goes to standard output, row by row; with --json - it is on standard error.
+    """
+    batches, contexts = _numbers("--batch", batch), None if context is None else _numbers("--context", context)
+    with _one_line_errors(), notes.status("") as status:
+
+        def say(what: str) -> None:
+            status.update(what)
+            status.start()  # again, after a row
+
+        bench = Bench(
+            source,
+            batches,
+            contexts,
+            new_tokens,
+            device,
+            dtype,
+            random_weights,
+            layers,
+            compare and profile is None,
+            rounds,
+            ignore_config_key or (),
+            say,
+        )
+        report.write(bench, json_, profile, status.stop)
+
+
 @app.command(name="doctor")
 def doctor_command(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
@@ -223,6 +275,14 @@ def _facts(report: doctor.Report) -> Iterator[tuple[str, str]]:
         yield gpu.device, f"{gpu.name}, compute capability {gpu.capability}, {memory}"
     if not report.gpus:
         yield "GPUs", "none found: models run on the CPU"
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Positive integers, with commas between; anything else is a usage error."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{option} takes positive numbers with commas between, as in 1,4,16; got {text!r}")
+    return [int(word) for word in words]
 
 
 def _options(**options: Any) -> dict[str, Any]:

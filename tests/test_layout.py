@@ -32,6 +32,7 @@ ORDER = [
     {"step"},
     {"generation"},
     {"doctor"},
+    {"bench"},
     {"cli"},
 ]
 PARTS = set().union(*ORDER)
