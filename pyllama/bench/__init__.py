@@ -23,6 +23,7 @@ from pyllama.config import ModelConfig
 from pyllama.loader import DTYPES, _check_kernels_take, _device, find_folder, load, parse_dtype, read_folder
 from pyllama.ops.registry import OPS, implementation
 
+DOES_NOT_FIT = "does not fit"
 CONTEXTS = (128, 2048)  # by default, those of them that the model holds
 
 
@@ -148,7 +149,10 @@ class Bench:
 
     def _measured(self, engines: Sequence[Engine]) -> Iterator[Row]:
         for cell in self.cells:
-            yield from self._cell(engines, cell)
+            if self._cache_bytes[cell] > free_memory(self._target):
+                yield from (Row(engine.name, cell, None, DOES_NOT_FIT) for engine in engines)
+            else:
+                yield from self._cell(engines, cell)
 
     def _cell(self, engines: Sequence[Engine], cell: Cell) -> Iterator[Row]:
         """Medians of rounds in which each engine has its turn, after one that warms up."""
@@ -165,27 +169,20 @@ class Bench:
             others = sum(other.weight_bytes for other in engines if other is not engine)
             reset_peak_memory(self._target)
             try:
-                if self._cache_bytes[cell] > free_memory(self._target):
-                    raise MemoryError
                 timing = engine.run(prompts, cell.new_tokens)
             except (MemoryError, torch.OutOfMemoryError):
-                problems[engine.name] = "does not fit"
+                problems[engine.name] = DOES_NOT_FIT
             except EngineError as error:
                 problems[engine.name] = str(error)
             else:
                 peak = peak_memory(self._target)
                 peaks[engine.name] = None if peak is None else peak - others
                 timings[engine.name] += [timing] * (number > 0)
-        for engine in engines:
-            problem = problems.get(engine.name)
-            yield Row(
-                engine.name,
-                cell,
-                None
-                if problem
-                else figures(cell, timings[engine.name], self._works[cell], self._limits, peaks[engine.name]),
-                problem,
-            )
+        for name in timings:
+            if name in problems:
+                yield Row(name, cell, None, problems[name])
+            else:
+                yield Row(name, cell, figures(cell, timings[name], self._works[cell], self._limits, peaks[name]))
 
 
 def _check_source(source: str, random_weights: bool, layers: int | None) -> None:

@@ -43,8 +43,8 @@ def write(bench: Bench, json_file: str | None, profile: Path | None, pause: Call
         for text in head(bench.about):
             _print(text, table, pause)
         for row in bench.rows():
-            _print(line(row, rows), table, pause)
             rows.append(row)
+            _print(line(row, rows), table, pause)
         if profile is not None:
             bench.profile(profile)
         complete = True
@@ -88,13 +88,13 @@ def head(about: dict[str, Any]) -> Iterator[str]:
     yield "|" + "|".join("-" * (width + 1) + (":" if place else "-") for place, width in enumerate(WIDTHS)) + "|"
 
 
-def line(row: Row, before: Sequence[Row]) -> str:
-    """A row of the table. before: the earlier ones, among which another engine's finds pyllama's to be held against."""
+def line(row: Row, rows: Sequence[Row]) -> str:
+    """A row of the table. rows: those so far, among which another engine's finds pyllama's to be held against."""
     cell = (row.engine, str(row.cell.batch), str(row.cell.context))
     found = row.figures
     if found is None:
         return _line((*cell, str(row.problem).replace("|", "/"), *[""] * (len(COLUMNS) - len(cell) - 1)))
-    ours = [r.figures for r in before if r.engine == "pyllama" != row.engine and r.cell == row.cell and r.figures]
+    ours = [r.figures for r in rows if r.engine == "pyllama" != row.engine and r.cell == row.cell and r.figures]
     return _line(
         (
             *cell,

@@ -111,6 +111,7 @@ SHAPES: dict[str, Values] = {
     "phi-4-mini": PHI3
     | TIED
     | {"rope_theta": 10000.0, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75}
+    | {"sliding_window": 262144}
     | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": PHI_4_MINI_FACTORS}}
     | _sizes(3072, 8192, 32, 24, 8, 200064, 131072),
     "deepseek-v2-lite": DEEPSEEK_V2
