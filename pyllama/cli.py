@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pyllama import doctor
-from pyllama.bench import Bench, report
+from pyllama.bench import report
 from pyllama.convert import convert as convert_checkpoint
 from pyllama.generation import generate as generate_text
 from pyllama.generation import stream
@@ -39,6 +39,14 @@ app = typer.Typer(
 )
 notes = Console(stderr=True, highlight=False)
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def _numbers(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"must be positive numbers with commas between, as in 1,4,16; got {text!r}")
+    return [int(word) for word in words]
+
 
 Source = Annotated[str, typer.Argument(help="A folder with a checkpoint, a Hugging Face Hub id, or 'demo'.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: the GPU if there is one]")]
@@ -189,9 +197,10 @@ def convert(
 @app.command(name="bench")
 def bench_command(
     source: Annotated[str, typer.Argument(help="As elsewhere; with --random-weights also a shape's name.")],
-    batch: Annotated[str, typer.Option(help="Numbers of sequences, with commas between.")] = "1,4,16",
+    batch: Annotated[Any, typer.Option(parser=_numbers, help="Numbers of sequences, as in 1,4,16.")] = "1,4,16",
     context: Annotated[
-        str | None, typer.Option(help="Lengths of prompts [default: 128,2048, as far as the model holds them]")
+        Any,
+        typer.Option(parser=_numbers, help="Lengths of prompts [default: 128,2048, as far as the model holds them]"),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="For each sequence.")] = 64,
     random_weights: Annotated[
@@ -212,28 +221,23 @@ def bench_command(
 
     A table in Markdown goes to standard output, row by row; with --json - it is on standard error.
     """
-    batches, contexts = _numbers("--batch", batch), None if context is None else _numbers("--context", context)
-    with _one_line_errors(), notes.status("") as status:
-
-        def say(what: str) -> None:
-            status.update(what)
-            status.start()  # again, after a row
-
-        bench = Bench(
-            source,
-            batches,
-            contexts,
-            new_tokens,
-            device,
-            dtype,
-            random_weights,
-            layers,
-            compare and profile is None,
-            rounds,
-            ignore_config_key or (),
-            say,
+    with _one_line_errors():
+        report.run(
+            notes,
+            json_,
+            profile,
+            source=source,
+            batches=batch,
+            contexts=context,
+            new_tokens=new_tokens,
+            device=device,
+            dtype=dtype,
+            random_weights=random_weights,
+            layers=layers,
+            compare=compare and profile is None,
+            rounds=rounds,
+            ignore_config_keys=ignore_config_key or (),
         )
-        report.write(bench, json_, profile, status.stop)
 
 
 @app.command(name="doctor")
@@ -275,14 +279,6 @@ def _facts(report: doctor.Report) -> Iterator[tuple[str, str]]:
         yield gpu.device, f"{gpu.name}, compute capability {gpu.capability}, {memory}"
     if not report.gpus:
         yield "GPUs", "none found: models run on the CPU"
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """Positive integers, with commas between; anything else is a usage error."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise typer.BadParameter(f"{option} takes positive numbers with commas between, as in 1,4,16; got {text!r}")
-    return [int(word) for word in words]
 
 
 def _options(**options: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_peak_memory_counts_from_where_it_is_reset() -> None:
 
 def test_the_table_and_the_json_say_the_same(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    flags = ["--batch", "1,3", "--context", "5,70", "--new-tokens", 4, "--rounds", 1, "--device", "cpu"]
+    flags = ["--batch", "1,3", "--context", "70,5", "--new-tokens", 4, "--rounds", 1, "--device", "cpu"]
     result = run(folder, *flags, "--json", file)
     assert result.exit_code == 0, result.stderr
     found = json.loads(file.read_text())
@@ -187,6 +187,7 @@ def test_ctrl_c_keeps_the_rows_that_there_are(folder: Path, tmp_path: Path) -> N
         ("qwen3-0.6b --random-weights --layers 29", 1, "the model has 28 layers, so --layers may be 1 to 28, got 29"),
         ("qwen3-0.6b --random-weights --context 40960", 1, "got 40960"),
         ("qwen3-0.6b --random-weights --dtype int8", 1, "dtype must be one of"),
+        ("demo --json /no/such/folder/file", 1, "No such file or directory: '/no/such/folder/file'"),
         ("demo --batch 1,x", 2, "--batch takes positive numbers"),
         ("demo --context 0", 2, "--context takes positive numbers"),
         ("demo --new-tokens 1", 2, "--new-tokens"),

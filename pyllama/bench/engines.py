@@ -90,14 +90,15 @@ class Transformers:
         version = package_version("transformers") if find_spec("transformers") else None
         if version is None:
             raise EngineError("not installed")
-        self._library: Any = import_module("transformers")
+        shape = {key: value for key, value in values.items() if key not in ("auto_map", "quantization_config")}
         try:
-            known = {key: value for key, value in values.items() if key != "auto_map"}
-            self._config = self._library.AutoConfig.for_model(**known)
+            self._library: Any = import_module("transformers")
+            self._config = self._library.AutoConfig.for_model(**shape)
         except Exception as error:  # its own, of many kinds
             raise EngineError(_reason(error)) from error
         self._folder, self._parameters, self._device, self._dtype = folder, parameters, device, dtype
         self._model: Any = None
+        self._sizes: tuple[int, ...] = ()  # of the last run
         static = device.type == "cuda"
         self._cache = "static" if static else "dynamic"
         self.how = f"{version}, {'static cache, compiled' if static else 'dynamic cache, not compiled'}"
@@ -107,7 +108,7 @@ class Transformers:
         return _bytes(self._model)
 
     def build(self) -> None:
-        """Makes or reads the model. Raises EngineError, and MemoryError or OutOfMemoryError."""
+        """Makes or reads the model. Raises EngineError."""
         auto = self._library.AutoModelForCausalLM
         try:
             if self._folder is not None:
@@ -115,8 +116,6 @@ class Transformers:
             else:
                 with torch.device(self._device):  # where its random weights are made
                     model = auto.from_config(self._config, dtype=self._dtype)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
             raise EngineError(_reason(error)) from error
         found = sum(parameter.numel() for parameter in model.parameters())
@@ -128,6 +127,10 @@ class Transformers:
 
     def run(self, prompts: Sequence[list[int]], new_tokens: int) -> Timing:
         ids_BT = torch.tensor(prompts, device=self._device)
+        if self._sizes != (sizes := (*ids_BT.shape, new_tokens)):
+            # Or torch.compile would make sizes dynamic from the second on, and give up after eight.
+            torch.compiler.reset()
+            self._sizes = sizes
         first: list[float] = []
 
         def clock(ids_BT: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from rich.console import Console
 
 from pyllama.bench import Bench
 from pyllama.bench.figures import Row
@@ -30,33 +32,43 @@ COLUMNS = (
 WIDTHS = (12, *map(len, COLUMNS[1:]))
 
 
-def write(bench: Bench, json_file: str | None, profile: Path | None, pause: Callable[[], None]) -> None:
-    """Prints the table as its rows become known; what there is of it is in the JSON file also if Ctrl-C ends it.
+def run(progress: Console, json_file: str | None, profile: Path | None, **options: Any) -> None:
+    """Measures and prints the table, its rows as they become known; Ctrl-C leaves what there is, the JSON too.
 
-    json_file: "-" is standard output, and the table goes to standard error. profile: the folder of a profile. pause:
-    called before something is printed.
+    progress: shows what is being done. json_file: "-" is standard output, and the table goes to standard error.
+    profile: the folder of a profile. options: `Bench`'s.
     """
-    table = sys.stderr if json_file == "-" else sys.stdout
+    # What cannot be written is an error now, not after the run.
+    if json_file not in (None, "-"):
+        Path(str(json_file)).touch()
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     complete = False
-    try:
-        for text in head(bench.about):
-            _print(text, table, pause)
-        for row in bench.rows():
-            rows.append(row)
-            _print(line(row, rows), table, pause)
-        if profile is not None:
-            bench.profile(profile)
-        complete = True
-    finally:
-        if json_file is not None:
-            text = json.dumps(as_json(bench.about, rows, complete)) + "\n"
-            sys.stdout.write(text) if json_file == "-" else Path(json_file).write_text(text)
+    with progress.status("") as status:
 
+        def say(what: str) -> None:
+            status.update(what)
+            status.start()
 
-def _print(text: str, table: TextIO, pause: Callable[[], None]) -> None:
-    pause()
-    print(text, file=table, flush=True)
+        def show(text: str) -> None:
+            status.stop()  # or the two would share a line of the terminal
+            print(text, file=sys.stderr if json_file == "-" else sys.stdout, flush=True)
+
+        bench = Bench(**options, say=say)
+        try:
+            for text in head(bench.about):
+                show(text)
+            for row in bench.rows():
+                rows.append(row)
+                show(line(row, rows))
+            if profile is not None:
+                bench.profile(profile)
+            complete = True
+        finally:
+            if json_file is not None:
+                text = json.dumps(as_json(bench.about, rows, complete)) + "\n"
+                sys.stdout.write(text) if json_file == "-" else Path(json_file).write_text(text)
 
 
 def head(about: dict[str, Any]) -> Iterator[str]:
@@ -130,7 +142,7 @@ def _count(number: int) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits at least, thousands with commas."""
+    """Three digits, or all there are before the point, with commas."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
