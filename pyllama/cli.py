@@ -197,10 +197,10 @@ def convert(
 @app.command(name="bench")
 def bench_command(
     source: Annotated[str, typer.Argument(help="As elsewhere; with --random-weights also a shape's name.")],
-    batch: Annotated[Any, typer.Option(parser=_numbers, help="Numbers of sequences, as in 1,4,16.")] = "1,4,16",
+    batch: Annotated[Any, typer.Option(parser=_numbers, metavar="N,N,...", help="Numbers of sequences.")] = "1,4,16",
     context: Annotated[
         Any,
-        typer.Option(parser=_numbers, help="Lengths of prompts [default: 128,2048, as far as the model holds them]"),
+        typer.Option(parser=_numbers, metavar="N,N,...", help="Of prompts; without it 128,2048, where they fit."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="For each sequence.")] = 64,
     random_weights: Annotated[
