@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,12 @@ def test_a_model_beside_which_transformers_does_not_fit(shape_folder: Path, monk
     monkeypatch.setattr("pyllama.bench.free_memory", lambda device: 300_000)
     bench = Bench(str(shape_folder), [1], [8], 3, "cpu", random_weights=True, rounds=1)
     assert bench.about["transformers"].endswith("after pyllama, beside which it does not fit")
+    model = weakref.ref(bench._ours.model)
     rows = bench.rows()
     first = next(rows)
     assert (first.engine, bench._ours.weight_bytes) == ("pyllama", bench.about["weight_bytes"])
     second = next(rows)
-    assert (second.engine, bench._ours.weight_bytes) == ("transformers", 0)
+    assert (second.engine, bench._ours.weight_bytes, model()) == ("transformers", 0, None)
     assert second.figures is not None
     assert [second.cell, *rows] == [first.cell]
 
