@@ -9,36 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import typer
 
 from benchmarks.results import Results
-from benchmarks.timing import Contender, seconds_per_call, sets_past_cache
-
-
-class Limit(NamedTuple):
-    """Something that does nothing but what the limit is of: the fastest of several ways."""
-
-    amount: int  # bytes or FLOP of one call
-    ways: list[Contender]
-
-
-def read(moved: int, sets: int, device: str) -> Limit:
-    """A read-only stream of so many bytes, or a few more."""
-    count = max(moved // 4, 1)
-    blocks: list[int] = []
-    if device == "cuda":
-        from benchmarks import stream
-
-        whole = stream.BLOCKS[0 if count < 16 * stream.BLOCKS[-1] else -1]
-        count = -(-count // whole) * whole  # the stream reads whole blocks
-        blocks = [block for block in stream.BLOCKS if block <= whole]
-    inputs = [torch.ones(count, device=device) for _ in range(sets)]
-    ways: list[Contender] = [lambda i: inputs[i % sets].sum()]
-    ways += [lambda i, block=block: stream.read(inputs[i % sets], block) for block in blocks]
-    return Limit(4 * count, ways)
+from benchmarks.timing import seconds_per_call, sets_past_cache
+from pyllama.bench.limits import Limit, product, read
 
 
 def copy(moved: int, sets: int, device: str) -> Limit:
@@ -47,13 +24,6 @@ def copy(moved: int, sets: int, device: str) -> Limit:
     inputs = [torch.ones(half, dtype=torch.uint8, device=device) for _ in range(sets)]
     outputs = [torch.empty_like(x) for x in inputs]
     return Limit(2 * half, [lambda i: outputs[i % sets].copy_(inputs[i % sets])])
-
-
-def product(dtype: torch.dtype, device: str, n: int | None = None) -> Limit:
-    """A product of two square matrices, by default large enough for the device's best."""
-    n = n or (8192 if device == "cuda" else 1024)
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return Limit(2 * n**3, [lambda _: a @ b])
 
 
 def measured(limit: Limit, sets: int, device: str) -> float:

@@ -5,40 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-def commit() -> str:
-    """The checkout's commit, with a "+" if files differ from it; "unknown" outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def processor() -> str:
-    """The CPU's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+from pyllama.bench.origin import commit, package_version, processor
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -66,7 +40,7 @@ class Results:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "pyllama_version": package_version("pyllama"),
-            "commit": commit(),
+            "commit": commit(Path(__file__).parents[1]) or "unknown",
         }
 
     def add(self, **row: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command `pyllama`: generate, chat, convert, doctor.
+"""The command `pyllama`: generate, chat, convert, bench, doctor.
 
 Text goes to standard output, everything about it (loading, speed, errors) to standard error.
 """
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pyllama import doctor
+from pyllama.bench import report
 from pyllama.convert import convert as convert_checkpoint
 from pyllama.generation import generate as generate_text
 from pyllama.generation import stream
@@ -37,6 +39,14 @@ app = typer.Typer(
 )
 notes = Console(stderr=True, highlight=False)
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def _numbers(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"must be positive numbers with commas between, as in 1,4,16; got {text!r}")
+    return [int(word) for word in words]
+
 
 Source = Annotated[str, typer.Argument(help="A folder with a checkpoint, a Hugging Face Hub id, or 'demo'.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: the GPU if there is one]")]
@@ -182,6 +192,52 @@ def convert(
     """Write the checkpoint SOURCE to FOLDER as Hugging Face safetensors."""
     with _one_line_errors():
         convert_checkpoint(source, folder, dtype, max_shard_size, ignore_config_key or ())
+
+
+@app.command(name="bench")
+def bench_command(
+    source: Annotated[str, typer.Argument(help="As elsewhere; with --random-weights also a shape's name.")],
+    batch: Annotated[Any, typer.Option(parser=_numbers, metavar="N,N,...", help="Numbers of sequences.")] = "1,4,16",
+    context: Annotated[
+        Any,
+        typer.Option(parser=_numbers, metavar="N,N,...", help="Of prompts; without it 128,2048, where they fit."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="For each sequence.")] = 64,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Of a shape, or of a folder's config.json: nothing is read.")
+    ] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="With --random-weights: the first layers only.")] = None,
+    compare: Annotated[bool, typer.Option(help="With transformers, where it is installed.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Whose median counts.")] = 3,
+    device: Device = None,
+    dtype: DType = None,
+    ignore_config_key: IgnoreKey = None,
+    json_: Annotated[str | None, typer.Option("--json", help="Also write one JSON object: to a file, or '-'.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write trace.json and kernels.md of some steps here, without --compare.")
+    ] = None,
+) -> None:
+    """Measure how fast the model SOURCE generates, beside what the device can do and transformers.
+
+    A table in Markdown goes to standard output, row by row; with --json - it is on standard error.
+    """
+    with _one_line_errors():
+        report.run(
+            notes,
+            json_,
+            profile,
+            source=source,
+            batches=batch,
+            contexts=context,
+            new_tokens=new_tokens,
+            device=device,
+            dtype=dtype,
+            random_weights=random_weights,
+            layers=layers,
+            compare=compare and profile is None,
+            rounds=rounds,
+            ignore_config_keys=ignore_config_key or (),
+        )
 
 
 @app.command(name="doctor")

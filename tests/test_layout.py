@@ -33,6 +33,7 @@ ORDER = [
     {"step"},
     {"generation"},
     {"doctor"},
+    {"bench"},
     {"cli"},
 ]
 PARTS = set().union(*ORDER)
