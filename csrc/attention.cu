@@ -44,6 +44,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
         using T = decltype(element);
         auto p = make_problem<T>(arguments, q, cu_seqlens_q, G, scale, window);
         p.out = static_cast<T*>(out.mutable_data_ptr());
+        p.out_token = out.stride(0);
         const Contiguous<T> source{static_cast<const T*>(k.const_data_ptr()),
                                    static_cast<const T*>(v.const_data_ptr()),
                                    k.stride(0),

@@ -210,6 +210,7 @@ Tensor mla_paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor
         using T = decltype(element);
         auto p = make_problem<T>(arguments, q, cu_seqlens_q, 1, scale, std::nullopt);
         p.out = static_cast<T*>(out.mutable_data_ptr());
+        p.out_token = out.stride(0);
         const Latents<T> source{arguments.aligned_data<T>("kv_cache", kv_cache),
                                 arguments.data<int>("block_table", block_table),
                                 arguments.data<int>("seq_lens", seq_lens),

@@ -45,6 +45,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
         using T = decltype(element);
         auto p = make_problem<T>(arguments, q, cu_seqlens_q, G, scale, window);
         p.out = static_cast<T*>(out.mutable_data_ptr());
+        p.out_token = out.stride(0);
         const Paged<T> source{arguments.aligned_data<T>("kv_cache", kv_cache),
                               arguments.data<int>("block_table", block_table),
                               arguments.data<int>("seq_lens", seq_lens),
@@ -61,7 +62,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
             with_head_size(arguments, K, [&](auto size) {
                 constexpr int k = decltype(size)::value;
                 if (max_seqlen_q == 1 && int(sizeof(typename Decode<T, k, k>::Shared)) + 1024 <= max_shared_memory())
-                    run_decode<T, k, k>(p, source, q, max_pages * S, device.stream);
+                    run_decode<T, k, k>(p, source, StoredQueries{}, q, max_pages * S, device.stream);
                 else
                     run_prefill<T, k, k>(p, source, q, max_pages * S, device.stream);
             });

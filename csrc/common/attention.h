@@ -17,14 +17,17 @@ template <class T>
 struct Problem {
     const T* q;  // [T, H, K], strided
     int64_t q_token, q_head;
-    T* out;                   // [T, H, V]
-    const int* cu_seqlens_q;  // [B + 1]
+    T* out;  // [T, H, V], tokens so far apart
+    int64_t out_token;
+    const int* cu_seqlens_q;  // [B + 1]; null: one query each
     int B, G, R;
     int window;  // a query sees so many keys, its own included
     float scale;
     int splits;                    // the most parts
     float *part_out, *part_stats;  // workspace, if splits > 1: [tiles, G, splits, rows, V] and [.., 2]
     unsigned* done;                // [tiles, G], zeros; null: a kernel of its own merges
+
+    __device__ int queries(int b) const { return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : 1; }
 };
 
 // Where the keys and values of all sequences are, each sequence's rows end to end.
@@ -93,7 +96,7 @@ __device__ Place find_place(const Problem<T>& p, int tile, int tile_rows) {
     Place place;
     for (int base = 0, tiles = 0; base < p.B && place.sequence < 0; base += 32) {  // each lane has a sequence
         const int b = base + lane;
-        const int queries = b < p.B ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : 0;
+        const int queries = b < p.B ? p.queries(b) : 0;
         const int own = (queries * p.R + tile_rows - 1) / tile_rows;
         int before = own;
         for (int d = 1; d < 32; d *= 2) {
@@ -118,8 +121,8 @@ __device__ Work divide(const Problem<T>& p, const Source& source, Place place, i
     work.sequence = place.sequence, work.first = place.first;
     if (work.sequence < 0) return work;
     const int b = work.sequence, keys = source.length(b);
-    const int queries = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
-    work.token = p.cu_seqlens_q[b];
+    const int queries = p.queries(b);
+    work.token = p.cu_seqlens_q ? p.cu_seqlens_q[b] : b;
     work.rows = min(queries * p.R - work.first, tile_rows);
     if (work.rows <= 0) work.sequence = -1;
     work.position = keys - queries;
@@ -160,7 +163,7 @@ template <class T>
 __device__ void store_row(const Problem<T>& p, const Work& work, int g, int row, int column, int V, float4 v,
                           float sum) {
     const int i = work.first + row;
-    T* out = p.out + ((work.token + i / p.R) * p.G * p.R + g * p.R + i % p.R) * V + column;
+    T* out = p.out + (work.token + i / p.R) * p.out_token + (g * p.R + i % p.R) * V + column;
     const float r = sum > 0 ? 1 / sum : 0;
     *reinterpret_cast<uint2*>(out) = {pack<T>(v.x * r, v.y * r), pack<T>(v.z * r, v.w * r)};
 }

@@ -102,6 +102,16 @@ __global__ void __launch_bounds__(attention_threads) prefill(const Problem<T> p,
     write_rows<V>(p, work, tile, P::rows, blockIdx.z, s.sums.out, s.sums.stats, 1);
 }
 
+// Queries as they are in memory, to shared memory.
+struct StoredQueries {
+    template <class P, class T, class Head>
+    __device__ void bring(const Problem<T>& p, const Head&, const Work& work, T* tile) const {
+        const T* q = p.q + work.token * p.q_token + (int64_t(blockIdx.y) * p.R + work.first) * p.q_head;
+        copy_rows<P::K, P::rows, P::threads>(tile, threadIdx.x, p.q,
+                                             [&](int row) { return row < work.rows ? q + row * p.q_head : nullptr; });
+    }
+};
+
 // One query per sequence: 16 rows, most of them empty. Each warp has every fourth stretch of 16 keys and copies them
 // for itself, several stretches ahead, so that warps never wait for each other before the end.
 template <class T, int K_, int V_>
@@ -123,8 +133,9 @@ struct Decode {
     };
 };
 
-template <class P, class T, class Source>
-__global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> p, const Source source) {
+template <class P, class T, class Source, class Queries>
+__global__ void __launch_bounds__(attention_threads, 2)
+    decode(const Problem<T> p, const Source source, const Queries queries) {
     wait_for_previous_kernels();
     constexpr int K = P::K, V = P::V, keys = P::keys;
     auto& s = *dynamic_shared<typename P::Shared>();
@@ -135,11 +146,9 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
     if (work.sequence < 0) return;
     const auto head = source.head(work.sequence, blockIdx.y);
 
-    const T* q = p.q + work.token * p.q_token + (int64_t(blockIdx.y) * p.R + work.first) * p.q_head;
     // Queries that go to registers arrive in a stage that has nothing yet.
     T* queries_tile = P::keep_queries ? s.tiles.stages[attention_warps - 1][P::stages - 1].k : s.tiles.q;
-    copy_rows<K, P::rows, attention_threads>(queries_tile, threadIdx.x, p.q,
-                                             [&](int row) { return row < work.rows ? q + row * p.q_head : nullptr; });
+    queries.template bring<P>(p, head, work, queries_tile);
     cp_async_commit();
     const auto first_of = [&](int step) { return work.begin + (step * attention_warps + warp) * keys; };
     const auto copy = [&](int step) {
@@ -157,9 +166,9 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
     for (int step = 0; step < P::stages - 1; ++step) copy(step);
     cp_async_wait<P::stages - 1>();
     __syncthreads();  // the queries are here
-    uint32_t queries[K / 16][4];
+    uint32_t kept[K / 16][4];
     if constexpr (P::keep_queries) {
-        for (int step = 0; step < K / 16; ++step) load_a<K>(queries[step], queries_tile, 0, step, lane);
+        for (int step = 0; step < K / 16; ++step) load_a<K>(kept[step], queries_tile, 0, step, lane);
         __syncthreads();  // their stage is free
     }
 
@@ -173,7 +182,7 @@ __global__ void __launch_bounds__(attention_threads, 2) decode(const Problem<T> 
         float scores[1][keys / 8][4] = {};
         add_scores<T, K, 1, keys>(scores, stage.k, 0, lane, [&](uint32_t (&a)[4], int, int i) {
             if constexpr (P::keep_queries)
-                for (int e = 0; e < 4; ++e) a[e] = queries[i][e];
+                for (int e = 0; e < 4; ++e) a[e] = kept[i][e];
             else
                 load_a<K>(a, queries_tile, 0, i, lane);
         });
@@ -242,7 +251,7 @@ __global__ void __launch_bounds__(32) plain(const Problem<float> p, const Source
         }
     }
     for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    float* y = p.out + ((work.token + token) * p.G * p.R + blockIdx.y * p.R + h) * V;
+    float* y = p.out + (work.token + token) * p.out_token + (blockIdx.y * p.R + h) * V;
 #pragma unroll
     for (int i = 0; i < columns / 32; ++i)
         if (i * 32 + lane < V) y[i * 32 + lane] = sum > 0 ? out[i] / sum : 0;
@@ -255,7 +264,7 @@ inline int choose_splits(int64_t blocks, int64_t max_keys) {
 }
 
 // Launches `kernel` for `tiles` tiles of P::rows rows, with a workspace where keys are split. Its blocks merge the
-// parts, or `merge` does, if given, with a thread for every four columns.
+// parts, counting on p.done or on zeros made here, or `merge` does, if given, with a thread for every four columns.
 template <class P, class T, class... Rest>
 void launch_tiles(void (*kernel)(Problem<T>, Rest...), std::decay_t<void (*)(Problem<T>, Rest...)> merge, Problem<T> p,
                   const Tensor& like, int64_t tiles, int64_t max_keys, cudaStream_t stream, const Rest&... rest) {
@@ -264,10 +273,10 @@ void launch_tiles(void (*kernel)(Problem<T>, Rest...), std::decay_t<void (*)(Pro
     if (p.splits > 1) {
         const int64_t rows = tiles * p.G * p.splits * P::rows;
         sums = torch::stable::new_empty(like, {rows * (P::V + 2)}, ScalarType::Float);
-        if (!merge) done = torch::stable::new_zeros(like, {tiles * p.G}, ScalarType::Int);
+        if (!merge && !p.done) done = torch::stable::new_zeros(like, {tiles * p.G}, ScalarType::Int);
         p.part_out = static_cast<float*>(sums->mutable_data_ptr());
         p.part_stats = p.part_out + rows * P::V;
-        p.done = done ? static_cast<unsigned*>(done->mutable_data_ptr()) : nullptr;
+        if (done) p.done = static_cast<unsigned*>(done->mutable_data_ptr());
     }
     dim3 grid(unsigned(tiles), unsigned(p.G), unsigned(p.splits));
     launch(kernel, {grid, dim3(P::threads), sizeof(typename P::Shared), stream, true}, p, rest...);
@@ -286,11 +295,18 @@ void run_prefill(const Problem<T>& p, const Source& source, const Tensor& q, int
                     source);
 }
 
-template <class T, int K, int V, class Source>
-void run_decode(const Problem<T>& p, const Source& source, const Tensor& q, int64_t max_keys, cudaStream_t stream) {
+// Tiles of a problem with one query per sequence.
+template <class P, class T>
+int64_t decode_tiles(const Problem<T>& p) {
+    return int64_t(p.B) * ((p.R + P::rows - 1) / P::rows);
+}
+
+template <class T, int K, int V, class Source, class Queries>
+void run_decode(const Problem<T>& p, const Source& source, const Queries& queries, const Tensor& like, int64_t max_keys,
+                cudaStream_t stream) {
     using P = Decode<T, K, V>;
-    launch_tiles<P>(decode<P, T, Source>, nullptr, p, q, int64_t(p.B) * ((p.R + P::rows - 1) / P::rows), max_keys,
-                    stream, source);
+    launch_tiles<P>(decode<P, T, Source, Queries>, nullptr, p, like, decode_tiles<P>(p), max_keys, stream, source,
+                    queries);
 }
 
 template <int columns = plain_columns, class Source>
@@ -298,6 +314,11 @@ void run_plain(const Problem<float>& p, const Source& source, const Tensor& q, i
     const dim3 grid(unsigned(q.size(0) * p.R), unsigned(p.G));
     launch(plain<Source, columns>, {grid, dim3(32), 0, stream, true}, p, source, K, V);
 }
+
+inline int window_or_all(std::optional<int64_t> window) {
+    return int(std::min<int64_t>(window.value_or(INT_MAX / 2), INT_MAX / 2));
+}
+inline float exponent_scale(double scale) { return float(scale * 1.4426950408889634); }  // exponents are of 2
 
 // What both ops check of their options; the problem, but for its result.
 template <class T>
@@ -311,8 +332,8 @@ Problem<T> make_problem(const Arguments& arguments, const Tensor& q, const Tenso
     p.q_token = q.stride(0), p.q_head = q.stride(1);
     p.cu_seqlens_q = arguments.data<int>("cu_seqlens_q", cu_seqlens_q);
     p.B = int(arguments["B"]), p.G = int(G), p.R = int(H / G);
-    p.window = int(std::min<int64_t>(window.value_or(INT_MAX / 2), INT_MAX / 2));
-    p.scale = float(factor * 1.4426950408889634);  // exponents are of 2
+    p.window = window_or_all(window);
+    p.scale = exponent_scale(factor);
     p.splits = 1;
     return p;
 }

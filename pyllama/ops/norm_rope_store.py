@@ -44,12 +44,30 @@ def norm_rope_store_(
     -1: the token is not stored (padding). positions: int32 [T]. Computed in float32 or wider, rounded once.
     For inference: raises RuntimeError where a gradient would be due, ValueError for shapes that do not fit.
     """
+    turn_and_store(
+        "norm_rope_store_", qkv, kv_cache, positions, slots.tolist(), cos_sin, q_weight, k_weight, eps, interleaved
+    )
+
+
+def turn_and_store(
+    op: str,
+    qkv: Tensor,
+    kv_cache: Tensor,
+    positions: Tensor,
+    slots: list[int],
+    cos_sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> int:
+    """`norm_rope_store_` as a plain function, for other ops' bodies: named `op` in errors; returns H."""
     _, _, G, S, K = kv_cache.shape
     T, features = qkv.shape
     H = features // K - 2 * G
     if features % K or H <= 0 or H % G:
         raise ValueError(
-            f"norm_rope_store_: qkv has {features} features, but must have (H + 2G) K with G = {G}, K = {K} as in "
+            f"{op}: qkv has {features} features, but must have (H + 2G) K with G = {G}, K = {K} as in "
             "kv_cache and H a multiple of G"
         )
     compute = compute_dtype(qkv)
@@ -68,8 +86,9 @@ def norm_rope_store_(
     if out is not qk_THK:
         qk_THK.copy_(out)
     kv_2GTK = heads_THK[:, H:].view(T, 2, G, K).permute(1, 2, 0, 3)
-    for first, count, page, place in runs(slots.tolist(), S):
+    for first, count, page, place in runs(slots, S):
         kv_cache[page, :, :, place : place + count] = kv_2GTK[:, :, first : first + count]
+    return H
 
 
 def runs(slots: list[int], S: int) -> Iterator[tuple[int, int, int, int]]:

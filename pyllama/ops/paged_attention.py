@@ -45,12 +45,25 @@ def paged_attention(
     """
     _, _, G, S, K = kv_cache.shape
     check_heads("paged_attention", q.shape[1], G, window)
-    scale = K**-0.5 if scale is None else scale
+    queries = segment_lengths("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    lengths = cached_lengths("paged_attention", seq_lens, block_table.shape[1], S)
+    return attend_pages(q, kv_cache, block_table, queries, lengths, K**-0.5 if scale is None else scale, window)
+
+
+def attend_pages(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    queries: list[int],
+    lengths: list[int],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """`paged_attention` as a plain function, for other ops' bodies; queries, lengths: of each sequence."""
+    S, K = kv_cache.shape[3:]
     heads_21GPSK = kv_cache.permute(1, 2, 0, 3, 4).unsqueeze(1)  # gathering pages then copies them once
     sequences = []
-    queries = q.split_with_sizes(segment_lengths("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
-    lengths = cached_lengths("paged_attention", seq_lens, block_table.shape[1], S)
-    for b, (q_nHK, length) in enumerate(zip(queries, lengths, strict=True)):
+    for b, (q_nHK, length) in enumerate(zip(q.split_with_sizes(queries), lengths, strict=True)):
         pages = block_table[b, : (length + S - 1) // S]
         k_1GmK, v_1GmK = heads_21GPSK.index_select(3, pages).flatten(3, 4)[:, :, :, :length].unbind()
         sequences.append(attend(q_nHK, k_1GmK, v_1GmK, scale, window))
