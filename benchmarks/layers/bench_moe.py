@@ -20,61 +20,35 @@ from benchmarks.layers.weights import SMALL, Normed, around_1, call, matrix, ske
 from benchmarks.ops import bench_grouped_linear as linear
 from benchmarks.ops.bench_grouped_linear import BALANCE, LAST
 from benchmarks.ops.bench_grouped_swiglu import gated
+from benchmarks.ops.bench_norm_gate import config_of, routed, router_of, tokens
 from benchmarks.ops.bench_rms_norm import EPS
 from benchmarks.ops.bench_rms_norm import formula as rms_norm
 from benchmarks.shapes import Scope
 from pyllama.config import MLPConfig, MoEConfig
 from pyllama.layers.ffn import MoE
 
-FAVOUR = 10.0  # what the logits of a token's experts have more than others', so that rounding changes no choice
-
 
 def cases(scope: Scope) -> Iterator[Case]:
     for name, model in scope.models.items():
         if not model.E:
             continue
-        sizes = {"D": model.D, "F": model.F_expert, "E": model.E, "N": model.N, "shared": model.F_shared}
-        router = {"sigmoid": model.sigmoid, "groups": model.groups, "top": model.top_groups, "sum_1": model.sum_1}
+        sizes = {"D": model.D, "F": model.F_expert, "shared": model.F_shared, **router_of(model)}
         shared = f" + {model.F_shared}" if model.F_shared else ""
-        for tokens in scope.tokens:
-            what = f"{tokens} x {model.N} of {model.E}, {model.D} x {model.F_expert}{shared}"
-            yield Case(name, what, {"T": tokens, **sizes, **router})
+        for T in scope.tokens:
+            what = f"{T} x {model.N} of {model.E}, {model.D} x {model.F_expert}{shared}"
+            yield Case(name, what, {"T": T, **sizes})
 
 
-def inputs(dtype: torch.dtype, T: int, **sizes: Any) -> tuple[Any, ...]:
+def inputs(dtype: torch.dtype, T: int, D: int, F: int, shared: int, **sizes: Any) -> tuple[Any, ...]:
     """The layer's config, tokens, weights of norm, router and experts; those that it may lack, or None."""
-    config, D = config_of(**sizes), sizes["D"]
-    E, F, shared = config.num_experts, config.size, sizes["shared"]
+    mlp = MLPConfig(shared) if shared else None
+    config, E = config_of(**sizes, size=F, float32_router=bool(shared), shared=mlp), sizes["E"]
     norm, router = around_1(dtype, D), matrix(dtype, E, D)
     gate_up, down = matrix(dtype, E, 2 * F, D), matrix(dtype, E, D, F)
     bias = torch.randn(E, dtype=dtype) / 16 if config.correction_bias else None
     shared_gate_up = matrix(dtype, 2 * shared, D) if shared else None
     shared_down = matrix(dtype, D, shared) if shared else None
-
-    x = torch.randn(T, D, dtype=dtype)
-    seen = torch.rand(T, config.num_groups).argsort(-1) < config.top_groups
-    among = seen.repeat_interleave(E // config.num_groups, dim=1)
-    for experts in torch.rand(T, E).masked_fill(~among, -1).topk(config.top_k, dim=-1).indices.T:
-        x += FAVOUR * router[experts]
-    return config, SMALL * x, norm, router, gate_up, down, bias, shared_gate_up, shared_down
-
-
-def config_of(
-    D: int, F: int, E: int, N: int, shared: int, sigmoid: bool, groups: int, top: int, sum_1: bool
-) -> MoEConfig:
-    return MoEConfig(
-        num_experts=E,
-        top_k=N,
-        size=F,
-        scoring="sigmoid" if sigmoid else "softmax",
-        renormalize=sum_1,
-        correction_bias=sigmoid,
-        num_groups=groups,
-        top_groups=top,
-        group_top_k=2 if sigmoid else 1,
-        float32_router=bool(shared),
-        shared=MLPConfig(shared) if shared else None,
-    )
+    return config, SMALL * tokens(config, T, router), norm, router, gate_up, down, bias, shared_gate_up, shared_down
 
 
 def work(dtype: torch.dtype, T: int, D: int, F: int, E: int, N: int, shared: int, **router: Any) -> Work:
@@ -107,22 +81,6 @@ def pyllama(
     }
     out: Tensor = call(skeleton(Normed, MoE, config, x.shape[1]), weights, x.clone())[0]
     return out
-
-
-def routed(config: MoEConfig, x: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[T, N]: weights and experts."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logits = x.to(wide) @ router.to(wide).T if config.float32_router else (x @ router.T).to(wide)
-    scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
-    choice = scores if bias is None else scores + bias
-    if config.top_groups < config.num_groups:
-        by_group = choice.unflatten(1, (config.num_groups, -1))
-        best = by_group.topk(config.group_top_k, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
-        unseen = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter(1, best, False)
-        choice = by_group.masked_fill(unseen.unsqueeze(-1), float("-inf")).flatten(1)
-    experts = choice.topk(config.top_k, dim=-1).indices
-    weights = scores.gather(1, experts)
-    return weights / weights.sum(-1, keepdim=True) if config.renormalize else weights, experts
 
 
 def with_shared(out: Tensor, x: Tensor, gate_up: Tensor | None, down: Tensor | None) -> Tensor:
