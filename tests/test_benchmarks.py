@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import EMULATOR
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
@@ -167,6 +168,36 @@ def test_routers_are_judged_by_their_experts_and_weights(router: dict[str, int],
     ):
         with pytest.raises(ValueError, match="its result is wrong in"):
             check(wrong)
+
+
+EXPERTS = {"T": 5, "N": 2, "E": 4, "D": 64, "F": 32}
+FEW = {  # sizes that are quick in emulation
+    "norm_linear": {"T": 4, "D": 64, "F": 32},
+    "norm_swiglu": {"T": 9, "D": 64, "F": 32},
+    "linear_add": {"T": 4, "D": 64, "F": 32},
+    "norm_gate": {"T": 3, "D": 64, "E": 16, "N": 2, **ROUTERS["sigmoid-groups"], "top": 2},
+    "experts_swiglu": EXPERTS,
+    "experts_add": EXPERTS,
+    "moe": {"T": 3, "D": 64, "F": 32, "E": 8, "N": 2, "shared": 32, **ROUTERS["softmax"]},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "sizes"), FEW.items(), ids=FEW)
+def test_kernels_of_few_tokens_take_what_benchmarks_give_them(
+    request: pytest.FixtureRequest, name: str, sizes: dict[str, int], dtype: torch.dtype
+) -> None:
+    emulator = request.config.stash[EMULATOR]
+    if emulator is None:
+        pytest.skip("no emulated kernels")
+    bench = benches()[name]
+    with torch.no_grad():
+        inputs = bench.inputs(dtype, **sizes)
+        check = framework.check_of(bench, inputs, dtype)
+        with emulator.enabled(0):
+            assert bench.implementation("cpu") != "eager"
+            result = bench.pyllama(*framework._copied(inputs))
+        check(result)
 
 
 def test_queries_at_the_end_see_the_keys_before_them() -> None:
