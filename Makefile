@@ -21,7 +21,7 @@ help:
 	@echo "make emulator   compile csrc/ for the CPU          make sanitize   its tests under sanitizers"
 	@echo "make wheel      wheel in dist/, checked            make sdist      source distribution, checked"
 	@echo "make gpu-check  test and measure on this machine's GPU, with the Python of PYTHON=python3;"
-	@echo "                STAGE=test|bench|sanitize|model for one stage, OUT=folder for the results"
+	@echo "                STAGE=test|bench|decode|sanitize|model for one stage, OUT=folder for the results"
 
 demo: $(build)
 	$(bin)/pyllama generate demo "If the file" --max-new-tokens 80 --repetition-penalty 1.15

@@ -139,7 +139,8 @@ def measure(bench: Bench, case: Case, dtype: torch.dtype, device: str, results: 
     work = bench.work(dtype, **case.sizes)
     with torch.device(device):
         first = bench.inputs(dtype, **case.sizes)
-        sets = sets_past_cache(sum(t.nbytes for t in _tensors(first)), device)
+        held = sum(t.nbytes for t in _tensors(first))
+        sets = sets_past_cache(min(work.moved, held), device, held)
         inputs = [first, *(bench.inputs(dtype, **case.sizes) for _ in range(sets - 1))]
 
     limit = limit_of(work, sets, dtype, device)

@@ -1,6 +1,6 @@
 """Tests and measures a checkout on this machine's GPU, without network: what `make gpu-check` calls.
 
-    python benchmarks/gpu_check.py [--out benchmarks/results] [test | bench | sanitize | model]...
+    python benchmarks/gpu_check.py [--out benchmarks/results] [test | bench | decode | sanitize | model]...
 
 Builds the wheel with the installed tools (nvcc, cmake, ninja, pybind11, scikit-build-core), unpacks it into
 build/gpu-check, and runs the stages, each of which ends within nine minutes. Every result is on disk in --out as soon
@@ -28,7 +28,7 @@ from time import monotonic
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # this file is started as a script, before it is known what is installed
 TARGET = ROOT / "build" / "gpu-check"  # where the wheel is unpacked
-STAGES = ("test", "bench", "sanitize", "model")
+STAGES = ("test", "bench", "decode", "sanitize", "model")
 # Of the sizes of real ones, cut down to what 80 GB hold three times (model_check.py).
 MODELS = {
     "Llama-3.2-1B-Instruct": (),
@@ -127,9 +127,12 @@ def kernels() -> list[str]:
     return sorted({path.stem.removesuffix("_sm90") for path in (ROOT / "csrc").glob("*.cu")})
 
 
-def measured() -> list[str]:
-    """The benchmarks' names: the kernels', and those of whole layers."""
-    return sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("*/bench_*.py"))
+def measured(stage: str) -> list[str]:
+    """The names of a stage's benchmarks: "decode" has those whose cases are of a scope's few tokens, "bench" those of
+    the other kernels and of whole layers."""
+    paths = (ROOT / "benchmarks").glob("*/bench_*.py")
+    chosen = [path for path in paths if ("scope.few" in path.read_text()) == (stage == "decode")]
+    return sorted(path.stem.removeprefix("bench_") for path in chosen)
 
 
 def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
@@ -152,9 +155,10 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
         for left, seed in zip((2, 1), SEEDS, strict=True):
             command = [*pytest, out / "tests.jsonl", *within(1 / left), "--seed", str(seed), "-k", ON_KERNELS, *tests]
             yield Step(f"seed-{seed}", command, by_status, "tests.jsonl")
-    elif stage == "bench":
-        yield Step("limits", [python, "-m", "benchmarks.limits", "--output", out], by_status, "limits.jsonl")
-        names = measured()
+    elif stage in ("bench", "decode"):
+        if stage == "bench":
+            yield Step("limits", [python, "-m", "benchmarks.limits", "--output", out], by_status, "limits.jsonl")
+        names = measured(stage)
         for done, name in enumerate(names):  # each in a process of its own, as a fault ends all work of its process
             seconds = (end - monotonic()) / (len(names) - done) - CASE_SECONDS
             command = [python, "-m", "benchmarks", "--quick", "--op", name, "--json", out / "ops.jsonl"]

@@ -64,6 +64,7 @@ class Scope:
 
     models: Mapping[str, Model]
     tokens: tuple[int, ...]  # of one step: a few in decode, thousands in prefill
+    few: tuple[int, ...]  # of one step, for what takes few
     prompts: tuple[int, ...]  # lengths of one sequence, for attention in prefill
     batches: tuple[int, ...]  # sequences in decode
     contexts: tuple[int, ...]  # cached tokens of each of them
@@ -79,6 +80,7 @@ SCOPES = {
     ("cuda", False): Scope(
         models=MODELS,
         tokens=(1, 16, 64, 1024, 8192, 32768),
+        few=(1, 4, 8, 16),
         prompts=(1024, 2048, 4096, 8192, 16384),
         batches=(1, 4, 16, 64),
         contexts=(1024, 4096, 8192, 32768),
@@ -87,6 +89,7 @@ SCOPES = {
     ("cuda", True): Scope(
         models=_models("Llama-3.1-8B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"),
         tokens=(1, 64, 8192),
+        few=(1, 16),
         prompts=(2048, 8192),
         batches=(1, 16),
         contexts=(1024, 8192),
@@ -95,6 +98,7 @@ SCOPES = {
     ("cpu", False): Scope(
         models=_models("Llama-3.2-1B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"),
         tokens=(1, 16, 256),
+        few=(1, 4, 8, 16),
         prompts=(128, 512),
         batches=(1, 4),
         contexts=(256, 1024),
@@ -103,6 +107,7 @@ SCOPES = {
     ("cpu", True): Scope(
         models=_models("Llama-3.2-1B", "MiniMind-MoE", "DeepSeek-V2-Lite"),
         tokens=(1, 64),
+        few=(1, 4),
         prompts=(128,),
         batches=(2,),
         contexts=(256,),

@@ -15,17 +15,21 @@ from typing import Any
 import torch
 
 Contender = Callable[[int], Any]  # runs once, on the inputs of that number
-CPU_CACHE_BYTES = 64 * 2**20
+CPU_CACHE_BYTES, CPU_INPUT_BYTES = 64 * 2**20, 2**30
 
 
-def sets_past_cache(bytes_per_set: int, device: str) -> int:
-    """How many sets of inputs it takes until the first has left the cache (the GPU's L2). Of tiny ones at most 256 (on
-    the CPU 16), which stay."""
+def sets_past_cache(touched: int, device: str, held: int = 0) -> int:
+    """How many sets of inputs it takes until what a call touches of the first has left the cache (the GPU's L2).
+
+    Of tiny ones at most 256 (on the CPU 16), which stay. touched, held: bytes of a set that a call moves, and that the
+    set takes if those are more, such as the experts that no token chose; they bound what memory holds.
+    """
     if device == "cpu":
-        return max(1, min(CPU_CACHE_BYTES // bytes_per_set + 1, 16))
-    l2_bytes = torch.cuda.get_device_properties().L2_cache_size
-    free_bytes, _ = torch.cuda.mem_get_info()
-    return max(1, min(3 * l2_bytes // bytes_per_set + 1, free_bytes // 4 // bytes_per_set, 256))
+        cache, memory, most = CPU_CACHE_BYTES, CPU_INPUT_BYTES, 16
+    else:
+        free_bytes, _ = torch.cuda.mem_get_info()
+        cache, memory, most = 3 * torch.cuda.get_device_properties().L2_cache_size, free_bytes // 4, 256
+    return max(1, min(cache // touched + 1, memory // max(touched, held), most))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The benchmarks: that the command runs and says what it should, counts of work, the models' dimensions. No speeds."""
+"""The benchmarks: that the command runs and says what it should, counts of work, judged results. No speeds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import EMULATOR
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
@@ -19,11 +20,13 @@ from benchmarks import bench as framework  # noqa: E402
 from benchmarks.backward import backward_of  # noqa: E402
 from benchmarks.bench import Bench, Case, Peer, Work, benches, merged, row_of  # noqa: E402
 from benchmarks.ops.bench_attention import causal_flops  # noqa: E402
+from benchmarks.ops.bench_experts_swiglu import choice, distinct  # noqa: E402
 from benchmarks.ops.bench_rms_norm import BENCH as RMS_NORM  # noqa: E402
 from benchmarks.ops.bench_sample import BENCH as SAMPLE  # noqa: E402
 from benchmarks.ops.bench_sample import OPTIONS, Options, kept  # noqa: E402
 from benchmarks.results import Results, table  # noqa: E402
-from benchmarks.shapes import MODELS, SCOPES, Model  # noqa: E402
+from benchmarks.shapes import SCOPES  # noqa: E402
+from benchmarks.timing import CPU_CACHE_BYTES, CPU_INPUT_BYTES, sets_past_cache  # noqa: E402
 from pyllama.ops.registry import OPS  # noqa: E402
 
 SMALL = SCOPES["cpu", True]
@@ -78,21 +81,41 @@ def test_unknown_ops_are_named() -> None:
             {"B": 1, "n": 64, "m": 64, "H": 4, "G": 2, "K": 8},
             Work(moved=2 * 64 * (2 + 4) * 8 * 2, flops=4 * 4 * 8 * 64 * 65 // 2, limit="product"),
         ),
-        # 2 tokens of 4 numbers in and out, a router of 8 x 4, at most 2 experts of 3 * 4 * 16, one more of 3 * 4 * 16
+        # 2 tokens of 4 numbers in and out, a norm of 4, a router of 8 x 4, at most 2 experts of 3 * 4 * 16, one more
         (
             "moe",
             {"T": 2, "D": 4, "F": 16, "E": 8, "N": 1, "shared": 16},
-            Work(moved=2 * (16 + 32 + 2 * 192 + 192), flops=2 * 2 * (32 + 192 + 192), limit="read"),
+            Work(moved=2 * (16 + 4 + 32 + 2 * 192 + 192), flops=2 * 2 * (32 + 192 + 192), limit="read"),
         ),
-        # latents of 8 + 4 of 16 numbers and 2 heads of 8 (8 + 4 in keys): weights 16 * 12, 16 * 24, 8 * 32, 16 * 16
+        # latents of 8 + 4 of 16 numbers, 2 heads of 8 (8 + 4 in keys): weights 16, 16 * 12, 16 * 24, 8 * 32, 16 * 16
         (
             "mla",
             {"B": 3, "n": 1, "m": 64, "D": 16, "H": 2, "K": 12, "V": 8, "R": 4, "rank": 8, "q_rank": 0},
             Work(
-                moved=2 * (1088 + 2 * 3 * 16 + 3 * 64 * 12),
+                moved=2 * (16 + 1088 + 2 * 3 * 16 + 3 * 64 * 12),
                 flops=2 * 3 * 1088 + 3 * 2 * 2 * (12 + 8) * 64,
                 limit="read",
             ),
+        ),
+        # a weight of 8 x 4, a norm of 4, tokens of 4, results of 8
+        ("norm_linear", {"T": 2, "D": 4, "F": 8}, Work(2 * (32 + 4 + 2 * 12), 2 * 2 * 32, "read")),
+        # gate and up of 8 x 4 each
+        ("norm_swiglu", {"T": 2, "D": 4, "F": 8}, Work(2 * (64 + 4 + 2 * 12), 2 * 2 * 64, "read")),
+        # the residual stream of 8 is read and written
+        ("linear_add", {"T": 2, "D": 4, "F": 8}, Work(2 * (32 + 2 * 20), 2 * 2 * 32, "read")),
+        # a router of 8 x 4, tokens before and after the norm; weights and indices of 3 experts
+        ("norm_gate", {"T": 2, "D": 4, "E": 8, "N": 3}, Work(2 * (32 + 4 + 2 * 8) + 2 * 24, 2 * 2 * 32, "read")),
+        # all 3 experts once: gate and up, 2 * 8 x 4; tokens of 4, 3 results of 8 and indices each
+        (
+            "experts_swiglu",
+            {"T": 2, "N": 3, "E": 3, "D": 4, "F": 8},
+            Work(2 * (3 * 64 + 2 * (4 + 24)) + 2 * 12, 2 * 6 * 64, "read"),
+        ),
+        # down, 4 x 8; the residual stream is read and written
+        (
+            "experts_add",
+            {"T": 2, "N": 3, "E": 3, "D": 4, "F": 8},
+            Work(2 * (3 * 32 + 2 * (24 + 8)) + 2 * 24, 2 * 6 * 32, "read"),
         ),
         # logits of 2 sequences
         ("sample", {"B": 2, "V": 8, "spread": 4, "top_k": 3}, Work(moved=32, flops=64, limit="read")),
@@ -100,6 +123,81 @@ def test_unknown_ops_are_named() -> None:
 )
 def test_work_is_counted_right(op: str, sizes: dict[str, int], expected: Work) -> None:
     assert benches()[op].work(torch.bfloat16, **sizes) == expected
+
+
+def test_work_counts_the_experts_that_are_drawn() -> None:
+    for T, N, E in (1, 8, 128), (16, 8, 128), (16, 2, 4):
+        experts = choice(T, N, E)
+        assert experts.shape == (T, N)
+        assert all(len(set(of_token)) == N for of_token in experts.tolist())
+        assert distinct(T, N, E) == len(experts.unique())
+        assert torch.equal(experts, choice(T, N, E)), "as many bytes in every set of inputs"
+    assert distinct(1, 8, 128) == 8
+    assert 64 < distinct(16, 8, 128) < 128
+
+
+def test_sets_of_inputs_are_past_the_cache_by_what_a_call_touches() -> None:
+    assert sets_past_cache(CPU_CACHE_BYTES // 4, "cpu") == 5
+    assert sets_past_cache(CPU_CACHE_BYTES // 4, "cpu", held=CPU_CACHE_BYTES) == 5, "experts that no token chose"
+    assert sets_past_cache(2 * CPU_CACHE_BYTES, "cpu") == 1
+    assert sets_past_cache(1, "cpu") == 16
+    assert sets_past_cache(1, "cpu", held=CPU_INPUT_BYTES // 3) == 3, "as memory allows"
+    assert sets_past_cache(1, "cpu", held=2 * CPU_INPUT_BYTES) == 1
+
+
+ROUTERS = {
+    "softmax": {"sigmoid": False, "sum_1": False, "groups": 1, "top": 1},
+    "softmax-sum-1": {"sigmoid": False, "sum_1": True, "groups": 1, "top": 1},
+    "sigmoid-groups": {"sigmoid": True, "sum_1": True, "groups": 8, "top": 4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_routers_are_judged_by_their_experts_and_weights(router: dict[str, int], dtype: torch.dtype) -> None:
+    bench = benches()["norm_gate"]
+    inputs = bench.inputs(dtype, T=16, D=1024, E=64, N=6, **router)
+    check = framework.check_of(bench, inputs, dtype)
+    for function in (bench.pyllama, bench.torch or bench.formula, bench.formula):
+        check(function(*inputs))
+    normed, weights, experts = bench.formula(*inputs)
+    for wrong in (
+        (inputs[1], weights, experts),
+        (normed, weights * 1.5, experts),
+        (normed, weights, experts.roll(1, 0)),
+    ):
+        with pytest.raises(ValueError, match="its result is wrong in"):
+            check(wrong)
+
+
+EXPERTS = {"T": 5, "N": 2, "E": 4, "D": 64, "F": 32}
+FEW = {  # sizes that are quick in emulation
+    "norm_linear": {"T": 4, "D": 64, "F": 32},
+    "norm_swiglu": {"T": 9, "D": 64, "F": 32},
+    "linear_add": {"T": 4, "D": 64, "F": 32},
+    "norm_gate": {"T": 3, "D": 64, "E": 16, "N": 2, **ROUTERS["sigmoid-groups"], "top": 2},
+    "experts_swiglu": EXPERTS,
+    "experts_add": EXPERTS,
+    "moe": {"T": 3, "D": 64, "F": 32, "E": 8, "N": 2, "shared": 32, **ROUTERS["softmax"]},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "sizes"), FEW.items(), ids=FEW)
+def test_kernels_of_few_tokens_take_what_benchmarks_give_them(
+    request: pytest.FixtureRequest, name: str, sizes: dict[str, int], dtype: torch.dtype
+) -> None:
+    emulator = request.config.stash[EMULATOR]
+    if emulator is None:
+        pytest.skip("no emulated kernels")
+    bench = benches()[name]
+    with torch.no_grad():
+        inputs = bench.inputs(dtype, **sizes)
+        check = framework.check_of(bench, inputs, dtype)
+        with emulator.enabled(0):
+            assert bench.implementation("cpu") != "eager"
+            result = bench.pyllama(*framework._copied(inputs))
+        check(result)
 
 
 def test_queries_at_the_end_see_the_keys_before_them() -> None:
@@ -146,6 +244,8 @@ LAYERS = {  # the layer's name, its sizes, whether transformers has such a layer
     "moe": ("moe", MOE, True),
     "moe-shared": ("moe", MOE | {"shared": 64, "sum_1": False}, True),
     "moe-shared-sum-1": ("moe", MOE | {"shared": 64}, False),
+    "moe-few": ("moe", MOE | {"T": 5, "shared": 64, "sum_1": False}, True),
+    "moe-few-groups": ("moe", MOE | {"T": 16, "shared": 32, "sigmoid": True, "groups": 4, "top": 2}, True),
     "moe-groups": ("moe", MOE | {"shared": 32, "sigmoid": True, "groups": 4, "top": 2}, True),
     "mla-prefill": ("mla", MLA, True),
     "mla-prefill-q-rank": ("mla", MLA | {"q_rank": 48}, True),
@@ -168,6 +268,8 @@ def test_layers_agree_with_those_of_transformers(
         check = framework.check_of(bench, inputs, dtype)
         for function in (bench.pyllama, bench.torch or bench.formula, bench.formula):
             check(function(*framework._copied(inputs)))
+        with pytest.raises(ValueError, match="its result is off by"):  # the residual stream alone
+            check(inputs[1])
         layer = peer.prepare(peer.find(), *inputs)
         assert (layer is not None) == known
         if known:
@@ -181,8 +283,8 @@ def test_a_layer_is_as_its_ops_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.implementation("cuda") == "eager"
     kernels["moe_combine"] = "cuda"
     assert bench.implementation("cuda") == "cuda"
-    assert not bench.mutates
-    assert benches()["mla"].mutates
+    assert bench.mutates
+    assert not RMS_NORM.mutates
 
 
 def test_backward_rows_stand_beside_the_forward() -> None:
@@ -268,63 +370,6 @@ def test_samples_are_among_the_tokens_that_filters_keep(options: Options, dtype:
 def test_what_filters_keep(options: Options, expected: str) -> None:
     logits = torch.tensor([0.4, 0.02, 0.09, 0.09, 0.4]).log().expand(5, 5)
     assert "".join(str(int(right)) for right in kept(torch.arange(5), logits, options)) == expected
-
-
-KEYS = {  # a Model's field: what it may be called in a config.json
-    "D": ("hidden_size",),
-    "layers": ("num_hidden_layers",),
-    "V": ("vocab_size",),
-    "H": ("num_attention_heads",),
-    "G": ("num_key_value_heads",),
-    "E": ("num_local_experts", "num_experts", "n_routed_experts"),
-    "N": ("num_experts_per_tok",),
-    "rank": ("kv_lora_rank",),
-    "q_rank": ("q_lora_rank",),
-    "V_head": ("v_head_dim",),
-    "groups": ("n_group",),
-    "top_groups": ("topk_group",),
-}
-CONFIGS = [
-    (name, path)
-    for name in MODELS
-    for path in sorted((ROOT / "tests" / "configs").glob(f"{name}*/config.json"))
-    if "architectures" in (text := path.read_text())  # in Hugging Face's keys
-    and ("quantization_config" not in text or name == "DeepSeek-V3")
-]
-
-
-def check_sizes(name: str, config: dict[str, Any]) -> None:
-    model = MODELS[name]
-    for field, keys in KEYS.items():
-        found = [config[key] for key in keys if config.get(key) is not None]
-        assert getattr(model, field) == (found[0] if found else getattr(Model(*[0] * 7), field)), field
-    assert model.F_expert == config.get("moe_intermediate_size", config["intermediate_size"] if model.E else 0)
-    assert model.F_shared == (config.get("n_shared_experts") or 0) * model.F_expert
-    assert model.sum_1 == config.get("norm_topk_prob", True)
-    assert model.F in (config["intermediate_size"], 0 if model.E else None)
-
-
-@pytest.mark.parametrize(("name", "path"), CONFIGS, ids=[path.parent.name for _, path in CONFIGS])
-def test_models_have_the_dimensions_of_their_files(name: str, path: Path) -> None:
-    model, config = MODELS[name], json.loads(path.read_text())
-    check_sizes(name, config)
-    if model.rank:
-        assert config["qk_nope_head_dim"] + config["qk_rope_head_dim"] == model.K
-        assert config["qk_rope_head_dim"] == model.R
-    else:
-        assert (config.get("head_dim") or model.D // model.H) == model.K
-        assert model.K * config.get("partial_rotary_factor", 1) == model.R
-
-
-def test_models_have_the_dimensions_that_transformers_gives_their_families() -> None:
-    from transformers import DeepseekV3Config, Glm4MoeConfig
-
-    check_sizes("DeepSeek-V3", DeepseekV3Config().to_dict())
-    check_sizes("GLM-4.5-Air", Glm4MoeConfig().to_dict())
-
-
-def test_most_models_have_their_files() -> None:
-    assert {"Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B", "Mixtral-8x7B"} <= {name for name, _ in CONFIGS}
 
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:

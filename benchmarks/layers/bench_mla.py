@@ -1,5 +1,6 @@
 """mla: the whole layer of latent attention: one prompt in prefill, and decode over a paged cache ("absorbed").
 
+With the norm before it, and added to the residual stream: in place by pyllama's, whose time depends on no value.
 Beside it the same in plain torch, and in prefill transformers' layer with the same weights.
 """
 
@@ -15,9 +16,10 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from benchmarks.bench import Bench, Case, Peer, Work
-from benchmarks.layers.weights import call, matrix, skeleton
+from benchmarks.layers.weights import SMALL, Normed, around_1, call, matrix, skeleton
 from benchmarks.ops.bench_attention import LAST, causal_flops
 from benchmarks.ops.bench_mla_paged_attention import BALANCE, S
+from benchmarks.ops.bench_rms_norm import EPS
 from benchmarks.ops.bench_rms_norm import formula as rms_norm
 from benchmarks.ops.bench_rope import angles
 from benchmarks.shapes import Scope
@@ -25,8 +27,6 @@ from pyllama.batch import Batch
 from pyllama.config import MLAConfig, RopeConfig
 from pyllama.layers.mla import MLA
 from pyllama.layers.rope import Rotation
-
-EPS = 1e-5  # of bench_rms_norm's formula
 
 
 def cases(scope: Scope) -> Iterator[Case]:
@@ -46,7 +46,8 @@ def cases(scope: Scope) -> Iterator[Case]:
 def inputs(
     dtype: torch.dtype, B: int, n: int, m: int, D: int, H: int, K: int, V: int, R: int, rank: int, q_rank: int
 ) -> tuple[Any, ...]:
-    """The layer's config, each sequence's last n of m tokens, the cache, what is new; weights, None without q_rank."""
+    """The layer's config, each sequence's last n of m tokens, the cache, what is new; weights, of the norm before it
+    first, None without q_rank."""
     config = MLAConfig(H, q_rank or None, rank, K - R, V, RopeConfig(10000.0, R, True), K**-0.5, norm_eps=EPS)
     pages = -(-m // S)
     batch = Batch.from_lengths([n] * B, [m] * B, torch.randperm(B * pages).int().view(B, pages), S)
@@ -54,14 +55,15 @@ def inputs(
         assert batch.cached  # read from the device here, once, as for all layers of a model
     return (
         config,
-        torch.randn(B * n, D, dtype=dtype),
+        SMALL * torch.randn(B * n, D, dtype=dtype),
         torch.randn(B * pages, S, rank + R, dtype=dtype),
         batch,
         angles(m, R),
+        around_1(dtype, D),
         matrix(dtype, q_rank + rank + R, D),
-        torch.rand(q_rank, dtype=dtype) + 0.5 if q_rank else None,
+        around_1(dtype, q_rank) if q_rank else None,
         matrix(dtype, H * K, q_rank or D),
-        torch.rand(rank, dtype=dtype) + 0.5,
+        around_1(dtype, rank),
         matrix(dtype, H * (K - R + V), rank),
         matrix(dtype, D, H * V),
     )
@@ -72,7 +74,7 @@ def work(
 ) -> Work:
     """The weights, the hidden states, the cache: written in prefill, read in decode."""
     weights = D * (q_rank + rank + R) + (q_rank or D) * H * K + rank * H * (K - R + V) + D * H * V
-    moved = (weights + 2 * B * n * D + B * m * (rank + R)) * dtype.itemsize
+    moved = (D + weights + 2 * B * n * D + B * m * (rank + R)) * dtype.itemsize
     pairs = causal_flops(n, m, H, K, V) if n > 1 else causal_flops(n, m, H, rank + R, rank)
     flops = 2 * B * n * weights + B * pairs
     return Work(moved=moved, flops=flops, limit="product" if flops > BALANCE * moved else "read")
@@ -84,6 +86,7 @@ def pyllama(
     cache: Tensor,
     batch: Batch,
     cos_sin: Tensor,
+    norm: Tensor,
     down: Tensor,
     q_norm: Tensor | None,
     q_up: Tensor,
@@ -92,14 +95,15 @@ def pyllama(
     out: Tensor,
 ) -> Tensor:
     weights = {
-        "down.weight": down,
-        "q_norm.weight": q_norm,
-        "q_up.weight": q_up,
-        "kv_norm.weight": kv_norm,
-        "kv_up.weight": kv_up,
-        "out.weight": out,
+        "norm.weight": norm,
+        "layer.down.weight": down,
+        "layer.q_norm.weight": q_norm,
+        "layer.q_up.weight": q_up,
+        "layer.kv_norm.weight": kv_norm,
+        "layer.kv_up.weight": kv_up,
+        "layer.out.weight": out,
     }
-    layer = skeleton(MLA, config, x.shape[1], EPS)
+    layer = skeleton(Normed, MLA, config, x.shape[1], EPS)
     return call(layer, weights, x, batch, Rotation(cos_sin, batch.positions), cache)  # type: ignore[no-any-return]
 
 
@@ -116,6 +120,7 @@ def formula(
     cache: Tensor,
     batch: Batch,
     cos_sin: Tensor,
+    norm: Tensor,
     down: Tensor,
     q_norm: Tensor | None,
     q_up: Tensor,
@@ -126,8 +131,9 @@ def formula(
 ) -> Tensor:
     """New entries are put beside the cached ones, not into the cache. last: of so many tokens only; 0: of all."""
     H, C, N = config.num_heads, config.kv_rank, config.nope_dim
-    q, latent, key = (x @ down.T).split([config.q_rank or 0, C, config.rope.dim], dim=1)
-    q = (x[-last:] if q_norm is None else rms_norm(q[-last:], q_norm)) @ q_up.T
+    normed = rms_norm(x, norm)
+    q, latent, key = (normed @ down.T).split([config.q_rank or 0, C, config.rope.dim], dim=1)
+    q = (normed[-last:] if q_norm is None else rms_norm(q[-last:], q_norm)) @ q_up.T
     q_nope, q_rope = q.unflatten(1, (H, -1)).split([N, config.rope.dim], dim=-1)
     turns = cos_sin[batch.positions]
     q_rope = rotated(q_rope, turns[-last:])
@@ -149,7 +155,7 @@ def formula(
         keys = entries[:, None]
         seen = functional.scaled_dot_product_attention(queries[:, None], keys, keys[..., :C], scale=config.scale)
         result = torch.einsum("bhc,hvc->bhv", seen[:, 0], up_v)
-    return result.flatten(1) @ out.T
+    return x[-last:] + result.flatten(1) @ out.T
 
 
 def reference(
@@ -195,6 +201,7 @@ def theirs(
     cache: Tensor,
     batch: Batch,
     cos_sin: Tensor,
+    norm: Tensor,
     down: Tensor,
     q_norm: Tensor | None,
     q_up: Tensor,
@@ -214,7 +221,8 @@ def theirs(
         "kv_b_proj.weight": kv_up,
         "o_proj.weight": out,
     }
-    return call(layer, weights, x[None], (cos, sin), None)[0][0]  # type: ignore[no-any-return]
+    normed = functional.rms_norm(x, norm.shape, norm, EPS)
+    return x + call(layer, weights, normed[None], (cos, sin), None)[0][0]  # type: ignore[no-any-return]
 
 
 BENCH = Bench(
@@ -226,5 +234,5 @@ BENCH = Bench(
     formula=formula,
     peers={"transformers": Peer("transformers:AutoConfig", theirs, prepare)},
     reference=reference,
-    made_of=("rms_norm", "mla_rope_store_", "attention", "mla_paged_attention"),
+    made_of=("rms_norm", "norm_linear", "linear_add_", "mla_rope_store_", "attention", "mla_paged_attention"),
 )

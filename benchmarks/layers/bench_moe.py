@@ -1,4 +1,4 @@
-"""moe: the whole layer, from its router to the sum of the experts' results.
+"""moe: the whole layer, from the norm before its router to the residual stream with the experts' results.
 
 Beside it a plain loop over the experts (torch), sorted rows with `grouped_mm` (compiled), and transformers' layer
 with the same weights.
@@ -12,70 +12,48 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from benchmarks.bench import Bench, Case, Peer, Work
-from benchmarks.layers.weights import call, matrix, skeleton
+from benchmarks.layers.weights import SMALL, Normed, around_1, call, matrix, skeleton
 from benchmarks.ops import bench_grouped_linear as linear
 from benchmarks.ops.bench_grouped_linear import BALANCE, LAST
 from benchmarks.ops.bench_grouped_swiglu import gated
+from benchmarks.ops.bench_norm_gate import config_of, routed, router_of, tokens
+from benchmarks.ops.bench_rms_norm import EPS
+from benchmarks.ops.bench_rms_norm import formula as rms_norm
 from benchmarks.shapes import Scope
 from pyllama.config import MLPConfig, MoEConfig
 from pyllama.layers.ffn import MoE
-
-FAVOUR = 10.0  # what the logits of a token's experts have more than others', so that rounding changes no choice
 
 
 def cases(scope: Scope) -> Iterator[Case]:
     for name, model in scope.models.items():
         if not model.E:
             continue
-        sizes = {"D": model.D, "F": model.F_expert, "E": model.E, "N": model.N, "shared": model.F_shared}
-        router = {"sigmoid": model.sigmoid, "groups": model.groups, "top": model.top_groups, "sum_1": model.sum_1}
+        sizes = {"D": model.D, "F": model.F_expert, "shared": model.F_shared, **router_of(model)}
         shared = f" + {model.F_shared}" if model.F_shared else ""
-        for tokens in scope.tokens:
-            what = f"{tokens} x {model.N} of {model.E}, {model.D} x {model.F_expert}{shared}"
-            yield Case(name, what, {"T": tokens, **sizes, **router})
+        for T in scope.tokens:
+            what = f"{T} x {model.N} of {model.E}, {model.D} x {model.F_expert}{shared}"
+            yield Case(name, what, {"T": T, **sizes})
 
 
-def inputs(dtype: torch.dtype, T: int, **sizes: Any) -> tuple[Any, ...]:
-    """The layer's config, tokens, weights of the router and the experts; those that it may lack, or None."""
-    config, D = config_of(**sizes), sizes["D"]
-    E, F, shared = config.num_experts, config.size, sizes["shared"]
-    router, gate_up, down = matrix(dtype, E, D), matrix(dtype, E, 2 * F, D), matrix(dtype, E, D, F)
+def inputs(dtype: torch.dtype, T: int, D: int, F: int, shared: int, **sizes: Any) -> tuple[Any, ...]:
+    """The layer's config, tokens, weights of norm, router and experts; those that it may lack, or None."""
+    mlp = MLPConfig(shared) if shared else None
+    config, E = config_of(**sizes, size=F, float32_router=bool(shared), shared=mlp), sizes["E"]
+    norm, router = around_1(dtype, D), matrix(dtype, E, D)
+    gate_up, down = matrix(dtype, E, 2 * F, D), matrix(dtype, E, D, F)
     bias = torch.randn(E, dtype=dtype) / 16 if config.correction_bias else None
     shared_gate_up = matrix(dtype, 2 * shared, D) if shared else None
     shared_down = matrix(dtype, D, shared) if shared else None
-
-    x = torch.randn(T, D, dtype=dtype)
-    seen = torch.rand(T, config.num_groups).argsort(-1) < config.top_groups
-    among = seen.repeat_interleave(E // config.num_groups, dim=1)
-    for experts in torch.rand(T, E).masked_fill(~among, -1).topk(config.top_k, dim=-1).indices.T:
-        x += FAVOUR * router[experts]
-    return config, x, router, gate_up, down, bias, shared_gate_up, shared_down
-
-
-def config_of(
-    D: int, F: int, E: int, N: int, shared: int, sigmoid: bool, groups: int, top: int, sum_1: bool
-) -> MoEConfig:
-    return MoEConfig(
-        num_experts=E,
-        top_k=N,
-        size=F,
-        scoring="sigmoid" if sigmoid else "softmax",
-        renormalize=sum_1,
-        correction_bias=sigmoid,
-        num_groups=groups,
-        top_groups=top,
-        group_top_k=2 if sigmoid else 1,
-        float32_router=bool(shared),
-        shared=MLPConfig(shared) if shared else None,
-    )
+    return config, SMALL * tokens(config, T, router), norm, router, gate_up, down, bias, shared_gate_up, shared_down
 
 
 def work(dtype: torch.dtype, T: int, D: int, F: int, E: int, N: int, shared: int, **router: Any) -> Work:
     """Weights of as many experts as can have been chosen."""
-    moved = (E * D + 3 * D * (min(T * N, E) * F + shared) + 2 * T * D) * dtype.itemsize
+    moved = (D + E * D + 3 * D * (min(T * N, E) * F + shared) + 2 * T * D) * dtype.itemsize
     flops = 2 * T * D * (E + 3 * (N * F + shared))
     return Work(moved=moved, flops=flops, limit="product" if flops > BALANCE * moved else "read")
 
@@ -83,6 +61,7 @@ def work(dtype: torch.dtype, T: int, D: int, F: int, E: int, N: int, shared: int
 def pyllama(
     config: MoEConfig,
     x: Tensor,
+    norm: Tensor,
     router: Tensor,
     gate_up: Tensor,
     down: Tensor,
@@ -90,32 +69,18 @@ def pyllama(
     shared_gate_up: Tensor | None,
     shared_down: Tensor | None,
 ) -> Tensor:
+    """On a copy of x, whose time counts: the layer writes into it, and its experts must be the same in every round."""
     weights = {
-        "router.weight": router,
-        "gate_up": gate_up,
-        "down": down,
-        "correction_bias": bias,
-        "shared.gate_up.weight": shared_gate_up,
-        "shared.down.weight": shared_down,
+        "norm.weight": norm,
+        "layer.router.weight": router,
+        "layer.gate_up": gate_up,
+        "layer.down": down,
+        "layer.correction_bias": bias,
+        "layer.shared.gate_up.weight": shared_gate_up,
+        "layer.shared.down.weight": shared_down,
     }
-    out: Tensor = call(skeleton(MoE, config, x.shape[1]), weights, x)[0]
+    out: Tensor = call(skeleton(Normed, MoE, config, x.shape[1]), weights, x.clone())[0]
     return out
-
-
-def routed(config: MoEConfig, x: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[T, N]: weights and experts."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logits = x.to(wide) @ router.to(wide).T if config.float32_router else (x @ router.T).to(wide)
-    scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
-    choice = scores if bias is None else scores + bias
-    if config.top_groups < config.num_groups:
-        by_group = choice.unflatten(1, (config.num_groups, -1))
-        best = by_group.topk(config.group_top_k, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
-        unseen = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter(1, best, False)
-        choice = by_group.masked_fill(unseen.unsqueeze(-1), float("-inf")).flatten(1)
-    experts = choice.topk(config.top_k, dim=-1).indices
-    weights = scores.gather(1, experts)
-    return weights / weights.sum(-1, keepdim=True) if config.renormalize else weights, experts
 
 
 def with_shared(out: Tensor, x: Tensor, gate_up: Tensor | None, down: Tensor | None) -> Tensor:
@@ -123,42 +88,65 @@ def with_shared(out: Tensor, x: Tensor, gate_up: Tensor | None, down: Tensor | N
 
 
 def loop(
-    config: MoEConfig, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None, *shared: Any
+    config: MoEConfig,
+    x: Tensor,
+    norm: Tensor,
+    router: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    *shared: Any,
 ) -> Tensor:
     """Expert by expert, each with its tokens."""
-    shares, experts = routed(config, x, router, bias)
-    out = torch.zeros_like(x)
+    normed = functional.rms_norm(x, norm.shape, norm, EPS)
+    shares, experts = routed(config, normed, router, bias)
+    out = x
     for e in experts.unique().tolist():
         tokens, places = torch.where(experts == e)
-        of_expert = gated(x[tokens] @ gate_up[e].T) @ down[e].T
+        of_expert = gated(normed[tokens] @ gate_up[e].T) @ down[e].T
         out = out.index_add(0, tokens, (of_expert * shares[tokens, places].unsqueeze(1)).to(x.dtype))
-    return with_shared(out, x, *shared)
+    return with_shared(out, normed, *shared)
 
 
 def formula(
-    config: MoEConfig, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None, *shared: Any
+    config: MoEConfig,
+    x: Tensor,
+    norm: Tensor,
+    router: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    *shared: Any,
 ) -> Tensor:
     """Rows sorted by expert, for grouped_mm, which torch.compile knows in bfloat16 alone."""
     grouped = linear.grouped_mm if x.dtype is torch.bfloat16 else linear.formula
-    shares, experts = routed(config, x, router, bias)
+    normed = rms_norm(x, norm)
+    shares, experts = routed(config, normed, router, bias)
     chosen, order = experts.flatten().sort(stable=True)
     offsets = torch.searchsorted(chosen, torch.arange(config.num_experts + 1, device=x.device), out_int32=True)
-    out = grouped(gated(grouped(x[order // config.top_k], gate_up, offsets)), down, offsets)
+    out = grouped(gated(grouped(normed[order // config.top_k], gate_up, offsets)), down, offsets)
     of_tokens = out[order.argsort()].unflatten(0, (-1, config.top_k))
-    return with_shared((of_tokens * shares.unsqueeze(-1)).sum(1).to(x.dtype), x, *shared)
+    return with_shared(x + (of_tokens * shares.unsqueeze(-1)).sum(1).to(x.dtype), normed, *shared)
 
 
 def reference(
-    config: MoEConfig, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None, *shared: Any
+    config: MoEConfig,
+    x: Tensor,
+    norm: Tensor,
+    router: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    *shared: Any,
 ) -> Tensor:
     """The last tokens, row by row."""
-    x = x[-LAST:].double()
-    shares, experts = routed(config, x, router.double(), None if bias is None else bias.double())
-    out = torch.zeros_like(x)
-    for t, n in product(range(len(x)), range(config.top_k)):
+    out = x[-LAST:].double()
+    normed = rms_norm(out, norm.double())
+    shares, experts = routed(config, normed, router.double(), None if bias is None else bias.double())
+    for t, n in product(range(len(out)), range(config.top_k)):
         e = experts[t, n]
-        out[t] += shares[t, n] * (down[e].double() @ gated(gate_up[e].double() @ x[t]))
-    return with_shared(out, x, *(None if weight is None else weight.double() for weight in shared))
+        out[t] += shares[t, n] * (down[e].double() @ gated(gate_up[e].double() @ normed[t]))
+    return with_shared(out, normed, *(None if weight is None else weight.double() for weight in shared))
 
 
 LAYERS = {  # transformers' layer with such a router: scoring, whether weights are made to sum to 1, a shared expert
@@ -196,6 +184,7 @@ def theirs(
     layer: nn.Module,
     config: MoEConfig,
     x: Tensor,
+    norm: Tensor,
     router: Tensor,
     gate_up: Tensor,
     down: Tensor,
@@ -213,8 +202,8 @@ def theirs(
         "shared_experts.up_proj.weight": shared_up,
         "shared_experts.down_proj.weight": shared_down,
     }
-    out: Tensor = call(layer, weights, x[None])
-    return out[0]
+    out: Tensor = call(layer, weights, functional.rms_norm(x, norm.shape, norm, EPS)[None])
+    return x + out[0]
 
 
 BENCH = Bench(
@@ -227,7 +216,10 @@ BENCH = Bench(
     torch=loop,
     peers={"transformers": Peer("transformers:AutoConfig", theirs, prepare)},
     reference=reference,
-    made_of=("topk_gate", "moe_dispatch", "grouped_swiglu", "grouped_linear", "moe_combine", "swiglu"),
-    gradients=(1, 2, 3, 4),
+    made_of=(
+        *("norm_gate", "experts_swiglu", "experts_add_", "norm_swiglu", "linear_add_"),  # of few tokens
+        *("rms_norm", "topk_gate", "moe_dispatch", "grouped_swiglu", "grouped_linear", "moe_combine", "swiglu"),
+    ),
+    gradients=(1, 2, 3, 4, 5),
     called=("torch",),
 )
