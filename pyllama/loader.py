@@ -27,7 +27,8 @@ from pyllama.files import CheckpointError
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 from pyllama.tokenizer import Tokenizer
-from pyllama.weights import WeightTable, check_tied, copy_weights, plan
+from pyllama.transfer import copy_weights, mapped_weights
+from pyllama.weights import WeightTable, check_tied, plan
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -121,14 +122,17 @@ def _load_weights(
         dtype = _fitting_dtype(dtype, checkpoint.dtype, count, device)
         _check_kernels_take(dtype, device)
         check_tied(table, parts, checkpoint)
-        # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
         # What no gradient trains decides who is chosen (correction biases), and stays float32.
         dtypes = {n: dtype if p.requires_grad else max(dtype, torch.float32, key=_size) for n, p in parameters.items()}
-        weights = {n: torch.empty(p.shape, dtype=dtypes[n], device=device) for n, p in parameters.items()}
-        total = sum(checkpoint.tensors[part.tensor].bytes for found in parts.values() for part in found)
+        wanted = {n: torch.empty(p.shape, dtype=dtypes[n], device="meta") for n, p in parameters.items()}
+        mapped = mapped_weights(parts, wanted, checkpoint) if device.type == "cpu" else {}
+        # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
+        copied = {n: torch.empty_like(p, device=device) for n, p in wanted.items() if n not in mapped}
+        copied_parts = {n: parts[n] for n in copied}
+        total = sum(checkpoint.tensors[part.tensor].bytes for found in copied_parts.values() for part in found)
         with progress_bar("loading", total) as advance:
-            copy_weights(parts, weights, checkpoint, advance)
-    model.load_state_dict(weights, assign=True)
+            copy_weights(copied_parts, copied, checkpoint, advance)
+    model.load_state_dict(copied | mapped, assign=True)
     return model
 
 
