@@ -124,10 +124,10 @@ def _load_weights(
         check_tied(table, parts, checkpoint)
         # What no gradient trains decides who is chosen (correction biases), and stays float32.
         dtypes = {n: dtype if p.requires_grad else max(dtype, torch.float32, key=_size) for n, p in parameters.items()}
-        wanted = {n: torch.empty(p.shape, dtype=dtypes[n], device="meta") for n, p in parameters.items()}
-        mapped = mapped_weights(parts, wanted, checkpoint) if device.type == "cpu" else {}
+        mapped = mapped_weights(parts, dtypes, checkpoint) if device.type == "cpu" else {}
         # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
-        copied = {n: torch.empty_like(p, device=device) for n, p in wanted.items() if n not in mapped}
+        rest = [name for name in parameters if name not in mapped]
+        copied = {n: torch.empty(parameters[n].shape, dtype=dtypes[n], device=device) for n in rest}
         copied_parts = {n: parts[n] for n in copied}
         total = sum(checkpoint.tensors[part.tensor].bytes for found in copied_parts.values() for part in found)
         with progress_bar("loading", total) as advance:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,30 +29,30 @@ STAGED_BYTES = 2**28  # on a GPU at a time, as they are in the file; one tensor 
 DEVICE_THREADS = 16
 
 Progress = Callable[[int], None]
+Reader: TypeAlias = "_C.HostReader | _C.DeviceReader"  # the latter is in some builds only
 
 
 def mapped_weights(
-    parts: Mapping[str, list[Part]], wanted: Mapping[str, Tensor], checkpoint: Checkpoint
+    parts: Mapping[str, list[Part]], dtypes: Mapping[str, torch.dtype], checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
-    """Those of the parameters that are tensors of files as they are, as views of the files.
+    """Those of the parameters that are tensors of files as they are, in the data types wanted: views of the files.
 
-    wanted: of each parameter its shape and data type, on the meta device. What is written to the results stays in
-    memory, and each is a tensor of its own: saved or pickled, the rest of its file is not. They outlive the
-    checkpoint; until then the files must not be cut or written to (replacing them is fine).
+    What is written to them stays in memory, and each is a tensor of its own: saved or pickled, the rest of its file
+    is not. They outlive the checkpoint; until then the files must not be cut or written to (replacing them is fine).
     """
-    found = {name: _as_it_is(parts[name], parameter, checkpoint) for name, parameter in wanted.items()}
+    found = {name: _as_it_is(parts[name], dtype, checkpoint) for name, dtype in dtypes.items()}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _as_it_is(parts: Sequence[Part], wanted: Tensor, checkpoint: Checkpoint) -> Tensor | None:
+def _as_it_is(parts: Sequence[Part], dtype: torch.dtype, checkpoint: Checkpoint) -> Tensor | None:
     name = parts[0].tensor
     whole = len(parts) == 1 and parts[0].expert is None and len(checkpoint.tensors[name].files) == 1
-    if not whole or not _in_order(name, checkpoint) or not _is_as_stored(parts[0], wanted, checkpoint):
+    if not whole or not _in_order(name, checkpoint) or not _is_as_stored(parts[0], dtype, checkpoint):
         return None
     tensor = checkpoint.read(name)
-    if tensor.data_ptr() % ALIGNMENT:
+    if tensor.data_ptr() % ALIGNMENT or not tensor.numel():
         return None
-    return torch.frombuffer(tensor.view(torch.uint8).numpy(), dtype=wanted.dtype).view(wanted.shape)
+    return torch.frombuffer(tensor.view(torch.uint8).numpy(), dtype=dtype).view(tensor.shape)
 
 
 def _in_order(name: str, checkpoint: Checkpoint) -> bool:
@@ -59,9 +60,9 @@ def _in_order(name: str, checkpoint: Checkpoint) -> bool:
     return name in checkpoint.source(name).offsets
 
 
-def _is_as_stored(part: Part, place: Tensor, checkpoint: Checkpoint) -> bool:
-    """Whether the part's bytes in the file are those of its place."""
-    return checkpoint.tensors[part.tensor].torch_dtype == place.dtype and not part.head_size
+def _is_as_stored(part: Part, dtype: torch.dtype, checkpoint: Checkpoint) -> bool:
+    """Whether the part's bytes in the file are those of its place, which has this data type."""
+    return checkpoint.tensors[part.tensor].torch_dtype == dtype and not part.head_size
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,10 @@ def copy_weights(
     parameters: all on one device, where the work may still be under way, in order, on torch's current stream.
     Raises CheckpointError with the file's name where one cannot be read, or not to its end.
     """
-    tasks: list[_Task] = []
-    for name, found in parts.items():
-        for part in found:
-            place = parameters[name] if part.expert is None else parameters[name][part.expert]
-            tasks.append(_Task(part, place[part.start : part.start + part.rows]))
-            if part.join is None:
-                _check_copies(part.tensor, checkpoint, progress)
+    tasks = _tasks(parts, parameters)
+    for task in tasks:
+        if task.part.join is None:
+            _check_copies(task.part.tensor, checkpoint, progress)
     if not tasks:
         return
     device = tasks[0].place.device
@@ -95,14 +93,23 @@ def copy_weights(
     for task in tasks:
         if reader is None or not _in_order(task.part.tensor, checkpoint):
             viewed.append(task)
-        elif _is_as_stored(task.part, task.place, checkpoint):
+        elif _is_as_stored(task.part, task.place.dtype, checkpoint):
             as_they_are.append(task)
         else:
             (viewed if device.type == "cpu" else staged).append(task)
     if reader is not None:
         _read(as_they_are, reader, checkpoint, progress)
-        _make_on_device(staged, reader, checkpoint, progress)
+        _make_on_device(_batches(staged, checkpoint, STAGED_BYTES), reader, checkpoint, progress)
     _make_from_views(viewed, checkpoint, torch.get_num_threads() if device.type == "cpu" else 1, progress)
+
+
+def _tasks(parts: Mapping[str, list[Part]], parameters: Mapping[str, Tensor]) -> list[_Task]:
+    tasks: list[_Task] = []
+    for name, found in parts.items():
+        for part in found:
+            place = parameters[name] if part.expert is None else parameters[name][part.expert]
+            tasks.append(_Task(part, place[part.start : part.start + part.rows]))
+    return tasks
 
 
 def _check_copies(name: str, checkpoint: Checkpoint, progress: Progress) -> None:
@@ -116,7 +123,7 @@ def _check_copies(name: str, checkpoint: Checkpoint, progress: Progress) -> None
         progress(checkpoint.tensors[name].piece_bytes)
 
 
-def _reader(device: torch.device) -> _C.HostReader | _C.DeviceReader | None:
+def _reader(device: torch.device) -> Reader | None:
     """What reads files into the device's memory; None where the build has nothing for it."""
     if device.type == "cpu":
         return _C.HostReader(torch.get_num_threads())
@@ -143,7 +150,7 @@ class _Order:
         pitch = place.stride(join - 1) * place.itemsize if join else row
         self.pieces.append((file, source.offsets[name], place.data_ptr(), rows, row, pitch))
 
-    def read(self, reader: _C.HostReader | _C.DeviceReader, progress: Progress) -> None:
+    def read(self, reader: Reader, progress: Progress) -> None:
         try:
             reader.read(list(self.files), self.pieces, progress)
         except OSError as error:
@@ -152,9 +159,7 @@ class _Order:
             raise damaged(Path(error.filename), "safetensors file", OSError(error.strerror)) from error
 
 
-def _read(
-    tasks: list[_Task], reader: _C.HostReader | _C.DeviceReader, checkpoint: Checkpoint, progress: Progress
-) -> None:
+def _read(tasks: list[_Task], reader: Reader, checkpoint: Checkpoint, progress: Progress) -> None:
     order = _Order(checkpoint)
     for task in tasks:
         for piece, target in enumerate(_targets(task, checkpoint)):
@@ -163,9 +168,9 @@ def _read(
 
 
 def _make_on_device(
-    tasks: list[_Task], reader: _C.HostReader | _C.DeviceReader, checkpoint: Checkpoint, progress: Progress
+    batches: Iterable[tuple[list[_Task], int]], reader: Reader, checkpoint: Checkpoint, progress: Progress
 ) -> None:
-    for batch, size in _batches(tasks, checkpoint):
+    for batch, size in batches:
         staged = _stage(batch, size, reader, checkpoint)
         for task in batch:
             _make(task, checkpoint, staged.__getitem__)
@@ -173,9 +178,7 @@ def _make_on_device(
         del staged  # its memory is the next batch's: the reader waits for what torch's stream does with it
 
 
-def _stage(
-    batch: list[_Task], size: int, reader: _C.HostReader | _C.DeviceReader, checkpoint: Checkpoint
-) -> dict[tuple[str, int], Tensor]:
+def _stage(batch: list[_Task], size: int, reader: Reader, checkpoint: Checkpoint) -> dict[tuple[str, int], Tensor]:
     """What the tasks are made of, as it is in the files, in `size` bytes of their device's memory."""
     staging = torch.empty(size, dtype=torch.uint8, device=batch[0].place.device)
     order, staged, start = _Order(checkpoint), {}, 0
@@ -189,13 +192,13 @@ def _stage(
     return staged
 
 
-def _batches(tasks: list[_Task], checkpoint: Checkpoint) -> Iterator[tuple[list[_Task], int]]:
-    """Tasks that are staged together, and the bytes that they need."""
+def _batches(tasks: list[_Task], checkpoint: Checkpoint, limit: int) -> Iterator[tuple[list[_Task], int]]:
+    """Tasks that are staged together, and the bytes that they need: at most `limit`, but for single ones."""
     batch: list[_Task] = []
     size = 0
     for task in tasks:
         needed = sum(_padded(checkpoint.tensors[name].piece_bytes) for name, _ in _tensors(task.part, checkpoint))
-        if batch and size + needed > STAGED_BYTES:
+        if batch and size + needed > limit:
             yield batch, size
             batch, size = [], 0
         batch.append(task)
