@@ -127,8 +127,11 @@ def _reader(device: torch.device) -> Reader | None:
     """What reads files into the device's memory; None where the build has nothing for it."""
     if device.type == "cpu":
         return _C.HostReader(torch.get_num_threads())
-    if _C.cuda_version is None:
-        return None
+    return device_reader(device) if _C.cuda_version is not None else None
+
+
+def device_reader(device: torch.device) -> _C.DeviceReader:
+    """To a GPU's memory, after what torch's current stream there has to do. For builds with the CUDA runtime."""
     stream = torch.cuda.current_stream(device).cuda_stream
     return _C.DeviceReader(device.index, stream, min(DEVICE_THREADS, os.cpu_count() or 1))
 
