@@ -24,7 +24,7 @@ from pyllama.checkpoint import Checkpoint
 from pyllama.files import CheckpointError, damaged
 from pyllama.weights import BlockScales, Part
 
-ALIGNMENT = 16  # bytes: what kernels want of a tensor
+ALIGNMENT = 8  # bytes: of any number, and what files have whose header is padded, as safetensors' own are
 STAGED_BYTES = 2**28  # on a GPU at a time, as they are in the file; one tensor may have more
 DEVICE_THREADS = 16
 
