@@ -95,7 +95,7 @@ void bind_reader(py::module_& m) {
         .def(py::init<int, int64_t>(), py::arg("threads"), py::arg("chunk") = 4 << 20)
         .def("read", &HostReader::read, py::arg("files"), py::arg("pieces"), py::arg("progress"));
 #ifdef PYLLAMA_CUDA_RUNTIME
-    py::register_exception_translator([](std::exception_ptr error) {
+    py::register_local_exception_translator([](std::exception_ptr error) {
         try {
             if (error) std::rethrow_exception(error);
         } catch (const OutOfMemory& out) {

@@ -55,6 +55,9 @@ def load(
     is the fastest, unless only the checkpoint's own fits the free memory. ignore_config_keys: keys of
     config.json to treat as absent; the error that refuses a key says so where it may help.
 
+    On a CPU, weights that a safetensors file holds as they are wanted are mapped, not copied: what is written to them
+    stays in memory, but until the model is gone its files must not be cut or written to (replacing them is fine).
+
     Returns the model for inference (`eval()`), with its tokenizer (None where the checkpoint has none) and
     all its EOS ids. Raises FileNotFoundError for a source that is not there, ConfigError for a configuration
     that is not understood, CheckpointError for damaged files and for tensors that are not the model's (both
