@@ -40,9 +40,9 @@ emulator: $(setup)
 library = $(shell $(CXX) -print-file-name=$(1))
 sanitize: emulator
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	    $(bin)/python -m pytest tests/ops --emulator asan -k emulated -m "not nightly and not large"
+	    $(bin)/python -m pytest tests/ops tests/test_reader.py --emulator asan -k emulated -m "not nightly and not large"
 	LD_PRELOAD="$(call library,libtsan.so)" TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
-	    $(bin)/python -m pytest tests/ops --emulator tsan -k emulated -m "not nightly and not large"
+	    $(bin)/python -m pytest tests/ops tests/test_reader.py --emulator tsan -k emulated -m "not nightly and not large"
 
 lint: $(build)
 	$(bin)/ruff check .

@@ -158,6 +158,8 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
     elif stage in ("bench", "decode"):
         if stage == "bench":
             yield Step("limits", [python, "-m", "benchmarks.limits", "--output", out], by_status, "limits.jsonl")
+            command = [python, "-m", "benchmarks.load", "--device", "cuda", "--rounds", "3", "--gigabytes", "4"]
+            yield Step("load", [*command, "--output", out], by_status, "load.jsonl")
         names = measured(stage)
         for done, name in enumerate(names):  # each in a process of its own, as a fault ends all work of its process
             seconds = (end - monotonic()) / (len(names) - done) - CASE_SECONDS

@@ -17,6 +17,8 @@
 namespace py = pybind11;
 using torch::stable::detail::StableLibrary;
 
+void bind_reader(py::module_& m);  // reader.cpp
+
 namespace {
 
 #ifdef PYLLAMA_CUDA_VERSION
@@ -89,4 +91,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("enable", &enable, py::arg("key"));
     m.def("disable", &disable, py::arg("key"));
     m.def("enabled", [] { return py::tuple(py::cast(enabled())); });
+    bind_reader(m);
 }

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,17 @@ Headers = dict[str, tuple[tuple[int, ...], str]]  # of each tensor in a file: sh
 
 
 @dataclass(frozen=True)
+class Source:
+    """An opened file: what it holds, and how a tensor is had as a view of it."""
+
+    path: Path
+    headers: Headers
+    read: Callable[[str], Tensor]
+    descriptor: int = -1
+    offsets: Mapping[str, int] = field(default_factory=dict)  # of each tensor's bytes, in order and its own; or none
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """What the headers of its files say about one tensor; in several files lies a piece of it each, in order."""
 
@@ -43,17 +54,24 @@ class TensorInfo:
     dtype: str  # safetensors' name
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """KeyError where it is none that weights have."""
+        return torch.float8_e4m3fn if self.dtype == FLOAT8 else DTYPES[self.dtype]
+
+    @property
+    def piece_bytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
     def bytes(self) -> int:
         """Of all pieces."""
-        return len(self.files) * math.prod(self.shape) * (1 if self.dtype == FLOAT8 else DTYPES[self.dtype].itemsize)
+        return len(self.files) * self.piece_bytes
 
 
 class Checkpoint:
     """The tensors of a folder's files."""
 
-    def __init__(
-        self, folder: Path, files: Mapping[str, Callable[[str], Tensor]], tensors: Mapping[str, TensorInfo]
-    ) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, Source], tensors: Mapping[str, TensorInfo]) -> None:
         self.folder = folder
         self._files = files
         self.tensors = tensors
@@ -67,12 +85,12 @@ class Checkpoint:
         """
         found = find_files(folder)
         with ExitStack() as stack:
-            files: dict[str, Callable[[str], Tensor]] = {}
+            files: dict[str, Source] = {}
             tensors: dict[str, TensorInfo] = {}
             for name in found.names:
                 check_file(folder / name)
-                headers, files[name] = found.layout.open(folder / name, stack)
-                for tensor, header in headers.items():
+                files[name] = found.layout.open(folder / name, stack)
+                for tensor, header in files[name].headers.items():
                     tensors[tensor] = _with_piece(tensors.get(tensor), tensor, TensorInfo((name,), *header), found)
             if partial := [name for name, info in tensors.items() if 1 < len(info.files) < len(found.names)]:
                 raise CheckpointError(f"{folder}: neither in one file nor in all {len(found.names)}: {few(partial)}")
@@ -83,8 +101,15 @@ class Checkpoint:
             yield cls(folder, files, tensors)
 
     def read(self, name: str, piece: int = 0) -> Tensor:
-        """The tensor, or a piece of it, on the CPU, as a view of its file."""
-        return self._files[self.tensors[name].files[piece]](name)
+        """The tensor, or a piece of it, on the CPU, as a view of its file: what is written to it stays in memory.
+
+        It outlives the checkpoint. While it lives the file must not be cut or written to; replacing it is fine.
+        """
+        return self.source(name, piece).read(name)
+
+    def source(self, name: str, piece: int = 0) -> Source:
+        """The file that holds the tensor, or a piece of it."""
+        return self._files[self.tensors[name].files[piece]]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,15 +135,15 @@ def _with_piece(known: TensorInfo | None, name: str, piece: TensorInfo, found: F
     return replace(known, files=known.files + piece.files)
 
 
-def _open_safetensors(file: Path, stack: ExitStack) -> tuple[Headers, Callable[[str], Tensor]]:
+def _open_safetensors(file: Path, stack: ExitStack) -> Source:
     size = file.stat().st_size
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if size >= length > MAX_HEADER:
-                raise ValueError(f"its header of {length:,} bytes is larger than {MAX_HEADER:,}")
-            reader = stack.enter_context(safe_open(file, framework="pt"))
-            header = json.loads(opened.read(length), object_pairs_hook=_without_duplicates)
+        opened = stack.enter_context(file.open("rb"))
+        length = int.from_bytes(opened.read(8), "little")
+        if size >= length > MAX_HEADER:
+            raise ValueError(f"its header of {length:,} bytes is larger than {MAX_HEADER:,}")
+        reader = stack.enter_context(safe_open(file, framework="pt"))
+        header = json.loads(opened.read(length), object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         headers = {name: (tuple(values["shape"]), values["dtype"]) for name, values in header.items()}
         if wrong := [name for name, (shape, _) in headers.items() if any(n >= 2**63 for n in shape)]:
@@ -127,7 +152,8 @@ def _open_safetensors(file: Path, stack: ExitStack) -> tuple[Headers, Callable[[
         raise damaged(file, "safetensors file", error) from error
     except RuntimeError as error:  # Linux maps no file that is larger than the main memory
         raise MemoryError(f"{file} ({size:,} bytes) cannot be mapped: {error}") from error
-    return headers, reader.get_tensor
+    offsets = {name: 8 + length + values["data_offsets"][0] for name, values in header.items()}
+    return Source(file, headers, reader.get_tensor, opened.fileno(), offsets)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -137,10 +163,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _open_torch(file: Path, stack: ExitStack) -> tuple[Headers, Callable[[str], Tensor]]:
+def _open_torch(file: Path, stack: ExitStack) -> Source:
     tensors = load_state_dict(file)
     headers = {name: (tuple(tensor.shape), NAMES[tensor.dtype]) for name, tensor in tensors.items()}
-    return headers, tensors.__getitem__
+    return Source(file, headers, tensors.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -150,7 +176,7 @@ class Layout:
     whole: str  # a checkpoint in one file; its index has ".index.json" appended
     by_rank: re.Pattern[str]  # the file of rank `rank`, of `ranks` where the name says so
     patterns: tuple[str, ...]
-    open: Callable[[Path, ExitStack], tuple[Headers, Callable[[str], Tensor]]]
+    open: Callable[[Path, ExitStack], Source]
 
     @property
     def index(self) -> str:

@@ -24,7 +24,8 @@ from pyllama.config import ModelConfig
 from pyllama.files import check_file
 from pyllama.loader import empty_model, find_folder, parse_dtype, progress_bar, read_folder
 from pyllama.save import Piece, unstack, write_tensors
-from pyllama.weights import Part, WeightTable, check_tied, copy_weights, plan
+from pyllama.transfer import copy_weights
+from pyllama.weights import Part, WeightTable, check_tied, plan
 
 # Beside config.json and the weights: tokenizer, chat template, generation_config.json, licence.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")

@@ -27,7 +27,8 @@ from pyllama.files import CheckpointError
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 from pyllama.tokenizer import Tokenizer
-from pyllama.weights import WeightTable, check_tied, copy_weights, plan
+from pyllama.transfer import copy_weights, mapped_weights
+from pyllama.weights import WeightTable, check_tied, plan
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -53,6 +54,9 @@ def load(
     "bfloat16", "float16" or "float64"; None is the checkpoint's own on a GPU, and float32 on a CPU, where it
     is the fastest, unless only the checkpoint's own fits the free memory. ignore_config_keys: keys of
     config.json to treat as absent; the error that refuses a key says so where it may help.
+
+    On a CPU, weights that a safetensors file holds as they are wanted are mapped, not copied: what is written to them
+    stays in memory, but until the model is gone its files must not be cut or written to (replacing them is fine).
 
     Returns the model for inference (`eval()`), with its tokenizer (None where the checkpoint has none) and
     all its EOS ids. Raises FileNotFoundError for a source that is not there, ConfigError for a configuration
@@ -121,14 +125,17 @@ def _load_weights(
         dtype = _fitting_dtype(dtype, checkpoint.dtype, count, device)
         _check_kernels_take(dtype, device)
         check_tied(table, parts, checkpoint)
-        # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
         # What no gradient trains decides who is chosen (correction biases), and stays float32.
         dtypes = {n: dtype if p.requires_grad else max(dtype, torch.float32, key=_size) for n, p in parameters.items()}
-        weights = {n: torch.empty(p.shape, dtype=dtypes[n], device=device) for n, p in parameters.items()}
-        total = sum(checkpoint.tensors[part.tensor].bytes for found in parts.values() for part in found)
+        mapped = mapped_weights(parts, dtypes, checkpoint) if device.type == "cpu" else {}
+        # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
+        rest = [name for name in parameters if name not in mapped]
+        copied = {n: torch.empty(parameters[n].shape, dtype=dtypes[n], device=device) for n in rest}
+        copied_parts = {n: parts[n] for n in copied}
+        total = sum(checkpoint.tensors[part.tensor].bytes for found in copied_parts.values() for part in found)
         with progress_bar("loading", total) as advance:
-            copy_weights(parts, weights, checkpoint, advance)
-    model.load_state_dict(weights, assign=True)
+            copy_weights(copied_parts, copied, checkpoint, advance)
+    model.load_state_dict(copied | mapped, assign=True)
     return model
 
 

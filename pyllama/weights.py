@@ -2,19 +2,17 @@
 
 A family is a table of rules, nothing else. It is matched against the parameters' names and the files' headers
 first, so that every tensor is used once and every parameter is filled, or loading stops with the names before
-anything is read. Then tensors stream from the memory-mapped files straight into their parameter.
+anything is read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from pyllama.checkpoint import DTYPES, FLOAT8, Checkpoint, TensorInfo
 from pyllama.files import CheckpointError, few
@@ -198,69 +196,6 @@ def check_tied(table: WeightTable, parts: Mapping[str, list[Part]], checkpoint: 
                     f"config.json ties the embeddings, but {copy} in {checkpoint.folder} is not {original}: if the "
                     "model has a head of its own, set tie_word_embeddings to false in config.json"
                 )
-
-
-def copy_weights(
-    parts: Mapping[str, list[Part]],
-    parameters: Mapping[str, Tensor],
-    checkpoint: Checkpoint,
-    progress: Callable[[int], None],
-) -> None:
-    """Copies every tensor to its place, in the parameter's data type; `progress` is told the bytes read.
-
-    Several tensors at once: a copy that torch divides among threads waits for the slowest of them, while others go on.
-    """
-
-    inference = torch.is_inference_mode_enabled()
-
-    def copy(parameter: Tensor, part: Part) -> int:
-        with torch.inference_mode(inference), torch.no_grad():  # which hold for one thread
-            place = parameter if part.expert is None else parameter[part.expert]
-            _copy_part(part, place[part.start : part.start + part.rows], checkpoint)
-        return checkpoint.tensors[part.tensor].bytes
-
-    tasks = [(parameters[name], part) for name, found in parts.items() for part in found]
-    on_cpu = all(parameter.device.type == "cpu" for parameter, _ in tasks)
-    with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
-        for size in pool.map(lambda task: copy(*task), tasks):
-            progress(size)
-
-
-def _copy_part(part: Part, place: Tensor, checkpoint: Checkpoint) -> None:
-    if part.join is None:
-        _check_copies(part.tensor, checkpoint)
-        targets = [place]
-    else:
-        targets = list(place.chunk(len(checkpoint.tensors[part.tensor].files), part.join))
-    for piece, target in enumerate(targets):
-        tensor = checkpoint.read(part.tensor, piece)
-        if part.blocks:
-            tensor = _multiply_out(tensor, checkpoint.read(part.blocks.of(part.tensor), piece), part.blocks, target)
-        if K := part.head_size:  # pairs (2i, 2i + 1) of a head's rows become (i, i + K/2)
-            target = target.unflatten(0, (-1, 2, K // 2))
-            tensor = tensor.unflatten(0, (-1, K // 2, 2)).transpose(1, 2)
-        target.copy_(tensor)
-
-
-def _check_copies(name: str, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where a tensor that several files hold as a whole is not the same in all."""
-    files = checkpoint.tensors[name].files
-    for piece in range(1, len(files)):
-        if not torch.equal(checkpoint.read(name), checkpoint.read(name, piece)):
-            raise CheckpointError(
-                f"{name} should be the same in all files, and is not in {files[0]} and {files[piece]}"
-            )
-
-
-def _multiply_out(tensor: Tensor, scales: Tensor, blocks: BlockScales, like: Tensor) -> Tensor:
-    """Each element times its block's scale, in float32; on `like`'s device and in its data type."""
-    rows, columns = tensor.shape
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    scales = scales.to(like.device, torch.float32).repeat_interleave(min(blocks.columns, columns), dim=1)[:, :columns]
-    for start, scale in zip(range(0, rows, blocks.rows), scales, strict=True):
-        band = slice(start, start + blocks.rows)
-        out[band] = tensor[band].to(like.device).float() * scale
-    return out
 
 
 @cache

@@ -27,7 +27,7 @@ def write_zeros(folder: Path, shapes: dict[str, list[int]], dtype: str) -> int:
         start, end = end, end + torch.Size(shape).numel() * WIDTHS[stored]
         header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % 64)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
@@ -108,11 +108,13 @@ model = pyllama.load({str(folder)!r}, device="cpu", dtype={wanted!r})
     [(10**9, "F32", "float32"), (5 * 10**8, "BF16", "float32"), (10**9, "F32", "bfloat16")],
 )
 def test_weights_are_held_once(size: int, stored: str, wanted: str, tmp_path: Path) -> None:
-    """Loading 1 GB takes the memory of the model and at most one stacked tensor."""
+    """Loading 1 GB takes the memory of the model and at most one stacked tensor; of a file's type, what is stacked."""
     numbers, stack = sparse_checkpoint(tmp_path, size, stored)
     grown = growth(tmp_path, wanted)
     width = getattr(torch, wanted).itemsize
     assert numbers * width > 400 * 10**6
+    if (stored, wanted) == ("F32", "float32"):
+        numbers = numbers * 11 // 16  # of q, k, v, o [D, D] and gate, up, down [4 D, D], o and down are mapped
     assert 0.95 * numbers * width < grown < (numbers + stack) * width + 16 * 2**20
 
 

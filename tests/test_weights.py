@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyllama.checkpoint import Checkpoint
 from pyllama.files import CheckpointError
-from pyllama.weights import BlockScales, Rule, WeightTable, copy_weights, plan
+from pyllama.transfer import copy_weights
+from pyllama.weights import BlockScales, Rule, WeightTable, plan
 
 TABLE = WeightTable(
     (
