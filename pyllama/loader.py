@@ -63,9 +63,9 @@ def load(
     that is not understood, CheckpointError for damaged files and for tensors that are not the model's (both
     are ValueErrors), MemoryError when the weights do not fit.
     """
-    target = _device(device)
+    target = target_device(device)
     chosen = parse_dtype(dtype)
-    _check_kernels_take(chosen, target)
+    check_kernels_take(chosen, target)
     folder = find_folder(source, ignore_config_keys)
     _, config, table = read_folder(folder, ignore_config_keys)
     model = _load_weights(folder, config, table, target, chosen)
@@ -123,7 +123,7 @@ def _load_weights(
         parts = plan(table, {n: p.shape for n, p in parameters.items()}, checkpoint.tensors)
         count = sum(parameter.numel() for parameter in parameters.values())
         dtype = _fitting_dtype(dtype, checkpoint.dtype, count, device)
-        _check_kernels_take(dtype, device)
+        check_kernels_take(dtype, device)
         check_tied(table, parts, checkpoint)
         # What no gradient trains decides who is chosen (correction biases), and stays float32.
         dtypes = {n: dtype if p.requires_grad else max(dtype, torch.float32, key=_size) for n, p in parameters.items()}
@@ -235,7 +235,7 @@ def _download_weights(repo: str) -> Path:
     return folder
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def target_device(device: torch.device | str | None) -> torch.device:
     """The device to load onto. Says once where ops have no kernel for it, and so will be slow."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type not in ("cpu", "cuda"):
@@ -258,7 +258,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def _check_kernels_take(dtype: torch.dtype | None, device: torch.device) -> None:
+def check_kernels_take(dtype: torch.dtype | None, device: torch.device) -> None:
     """The compiled kernels refuse float64, so a model of that type could not run beside them."""
     if dtype == torch.float64 and device.type == "cuda" and any(implementation(op, device) == "cuda" for op in OPS):
         raise ValueError(

@@ -20,7 +20,7 @@ import pyllama
 from pyllama import _C
 from pyllama.architectures.reader import ConfigError
 from pyllama.files import CheckpointError
-from pyllama.loader import _check_kernels_take, _device
+from pyllama.loader import check_kernels_take, target_device
 from pyllama.ops.registry import OPS, implementation
 
 
@@ -270,7 +270,7 @@ def test_a_gpu_without_code_gets_eager_ops_and_one_line(monkeypatch: pytest.Monk
     try:
         message = rf"{len(OPS)} of {len(OPS)} ops have no kernel for this GPU \(sm_35\)"
         with pytest.warns(UserWarning, match=message) as warned:
-            assert _device("cuda:0") == torch.device("cuda:0")
+            assert target_device("cuda:0") == torch.device("cuda:0")
         assert len(warned) == 1
         assert implementation("rms_norm", "cuda") == "eager"
     finally:
@@ -281,9 +281,9 @@ def test_a_gpu_without_code_gets_eager_ops_and_one_line(monkeypatch: pytest.Monk
 def test_kernels_take_no_float64() -> None:
     gpu = torch.device("cuda")
     with pytest.raises(ValueError, match=r"do not take float64.*pyllama.eager"):
-        _check_kernels_take(torch.float64, gpu)
+        check_kernels_take(torch.float64, gpu)
     with pyllama.eager():
-        _check_kernels_take(torch.float64, gpu)
+        check_kernels_take(torch.float64, gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

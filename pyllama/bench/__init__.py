@@ -20,7 +20,7 @@ from pyllama.bench.shapes import SHAPES, Values, find_shape, first_layers
 from pyllama.bench.work import Cell, active_parameters, cache_bytes, prompt_work, step_work
 from pyllama.cache import free_memory
 from pyllama.config import ModelConfig
-from pyllama.loader import DTYPES, _check_kernels_take, _device, find_folder, load, parse_dtype, read_folder
+from pyllama.loader import DTYPES, check_kernels_take, find_folder, load, parse_dtype, read_folder, target_device
 from pyllama.ops.registry import OPS, implementation
 
 DOES_NOT_FIT = "does not fit"
@@ -66,11 +66,11 @@ class Bench:
         values = whole if layers is None else first_layers(whole, layers)
         config, _ = read_config(values, ignore_config_keys)
         self.cells = _cells(config, batches, contexts, new_tokens)
-        self._target, self._rounds, self._say = _device(device), rounds, say
+        self._target, self._rounds, self._say = target_device(device), rounds, say
         say(f"loads {source}")
         if random_weights:
             chosen = chosen or _own_dtype(values, self._target)
-            _check_kernels_take(chosen, self._target)
+            check_kernels_take(chosen, self._target)
             model = random_model(config, self._target, chosen)
         else:
             model = load(source, device, dtype, ignore_config_keys)
