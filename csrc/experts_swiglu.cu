@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(skinny::threads, 2) experts_swiglu_plain(const
 
 template <class T>
 void run(const Params<T>& p, const dim3& grid, cudaStream_t stream) {
-    skinny::with_columns(p.tokens, [&](auto NT) {
+    skinny::with_columns<T>(p.tokens, [&](auto NT) {
         constexpr int n = decltype(NT)::value;
         launch(experts_swiglu_kernel<T, n>, {grid, dim3(skinny::threads), skinny::memory<T, n>(), stream, true}, p);
     });

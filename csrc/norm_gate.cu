@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(skinny::threads, 2)
 
 template <class T>
 void run(const skinny::Product<T>& p, const Gate& gate, float* logits, unsigned* done, cudaStream_t stream) {
-    skinny::with_columns(gate.count, [&](auto NT) {
+    skinny::with_columns<T>(gate.count, [&](auto NT) {
         constexpr int n = decltype(NT)::value;
         const auto with = [&](auto kernel) {
             launch(kernel,

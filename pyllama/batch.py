@@ -7,7 +7,7 @@ path. T tokens, B sequences, S page size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -25,6 +25,9 @@ class Packed:
     lengths: Tensor  # int32 [T], of each token's sequence, all that is known of it: LongRoPE depends on it
     max_seqlen: int  # tokens of the longest sequence in this pass
     max_positions: int  # no position is this large; a shape or a host value, never read from the device
+    # int32 zeros, in which kernels count their blocks, and zeros again after each: one for every sequence and
+    # key/value head; None: they make their own, at the cost of another launch.
+    counters: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def rectangle(cls, sequences: int, tokens: int, device: torch.device) -> Packed:

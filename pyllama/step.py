@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyllama.batch import Batch
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
+from pyllama.config import GQAConfig
 from pyllama.graphs import Graphs, Runner, directly, keep_rows, places_for
 from pyllama.model import Model
 from pyllama.ops.advance import advance_
@@ -230,6 +231,8 @@ class CachedContext:
         lengths = [len(prompt) for prompt in prompts for _ in range(n)]
         lengths += [0] * (places - len(lengths))  # so they stay, see `advance_`
         seq_lens_B = torch.tensor(lengths, dtype=torch.int32, device=model.device)
+        grouped = [layer.attention for layer in model.config.layers if isinstance(layer.attention, GQAConfig)]
+        kv_heads = max((attention.num_kv_heads for attention in grouped), default=1)
         # One new token of each sequence; `extend` sets where, step by step, in place.
         self._batch = Batch(
             cu_seqlens=torch.arange(places + 1, dtype=torch.int32, device=model.device),
@@ -241,6 +244,7 @@ class CachedContext:
             block_table=torch.tensor(table, dtype=torch.int32, device=model.device),
             slots=torch.empty_like(seq_lens_B),
             page_size=PAGE_SIZE,
+            counters=torch.zeros(places * kv_heads, dtype=torch.int32, device=model.device),
         )
 
     def prefill(self) -> Tensor:

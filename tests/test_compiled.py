@@ -35,6 +35,8 @@ class Row(NamedTuple):
 ATTENTION = "LDGSTS.128 LDSM.4 HMMA.16816.F32 LDG.32 LDG.128 STG.64 STG.128 ATOMG BAR"
 ATTENTION_PART = "LDGSTS.128 LDSM.4 HMMA.16816.F32 LDG.32 STG.64 STG.128 BAR"  # another kernel merges
 
+SKINNY = "LDG.128 HMMA.16816.F32 BAR"  # the weight goes from memory into registers
+
 GROUPED = "LDGSTS.128 LDSM.4 HMMA.16816.F32 LDG.32 STG.128 BAR"
 
 # A kernel's row is the first that matches.
@@ -50,9 +52,9 @@ TABLE = [
     Row(r"rope::kernel<float, false>", 48, 0, "LDG.32 LDG.128 STG.128"),
     Row(r"rope::kernel<float, true>", 48, 0, "LDG.32 LDG.64 LDG.128 STG.128"),
     Row(r"rope::kernel<.*>", 64, 0, "LDG.32 LDG.128 STG.128"),
-    Row(r"norm_rope_store::kernel<float, false>", 64, 0, "LDG.32 LDG.128 STG.128"),
-    Row(r"norm_rope_store::kernel<float, true>", 64, 0, "LDG.32 LDG.64 LDG.128 STG.128"),
-    Row(r"norm_rope_store::kernel<.*>", 80, 0, "LDG.32 LDG.128 STG.128"),
+    Row(r"rope_store<float, false>", 64, 0, "LDG.32 LDG.128 STG.128"),
+    Row(r"rope_store<float, true>", 64, 0, "LDG.32 LDG.64 LDG.128 STG.128"),
+    Row(r"rope_store<.*>", 80, 0, "LDG.32 LDG.128 STG.128"),
     Row(r"swiglu::kernel<.*>", 32, 0, "LDG.128 STG.128"),
     Row(r"embedding::embedding_kernel<.*>", 16, 0, "LDG.64 LDG.128 STG.128"),  # 8 bytes: token ids
     Row(r"advance::advance_kernel", 24, 0, "LDG.32 STG.32"),
@@ -63,6 +65,15 @@ TABLE = [
     Row(r"topk_gate::topk_gate_kernel<.*, 8>", 64, 0, "LDG.16 LDG.32 STG.32"),
     Row(r"topk_gate::topk_gate_kernel<float, 16>", 112, 0, "LDG.32 STG.32"),
     Row(r"topk_gate::topk_gate_kernel<.*, 16>", 112, 0, "LDG.16 LDG.32 STG.32"),
+    # <type, blocks of 8 tokens, ..>; two blocks of 256 threads fit, with 64 KB of the weight on their way in each
+    Row(r"skinny::kernel<float, .*>", 80, 0, "LDG.32 STG.32"),
+    Row(r"skinny::kernel<.*>", 128, 0, f"{SKINNY} LDG.16 STG.16 STG.128"),
+    Row(r"norm_gate::norm_gate_kernel<float, .*>", 128, 1024, "LDG.32 STG.32 ATOMG BAR"),
+    Row(r"norm_gate::norm_gate_kernel<.*>", 128, 1024, f"{SKINNY} LDG.32 STG.32 STG.128 ATOMG"),
+    Row(r"experts_swiglu::experts_swiglu_plain", 80, 0, "LDG.32 STG.32"),
+    Row(r"experts_swiglu::experts_swiglu_kernel<.*>", 128, 1024, f"{SKINNY} LDG.32 STG.16"),
+    Row(r"experts_add::experts_add_plain", 64, 1024, "LDG.32 STG.32 BAR"),
+    Row(r"experts_add::experts_add_kernel<.*>", 128, 1024, f"{SKINNY} LDG.16 LDG.32 STG.16"),
     Row(r"moe_dispatch::count_kernel", 16, 2048, "LDG.32 STG.32 ATOMS BAR"),
     Row(r"moe_dispatch::moe_dispatch_kernel", 40, 32896, "LDG.32 STG.32 ATOMS BAR"),
     Row(r"moe_combine::moe_combine_kernel<.*>", 40, 0, "LDG.32 LDG.128 STG.128"),
@@ -74,7 +85,7 @@ TABLE = [
     Row(r"mla_rope_store::mla_rope_store_kernel<float, .*>", 56, 0, "LDG.32 LDG.128 STG.32 STG.128"),
     Row(r"mla_rope_store::mla_rope_store_kernel<.*>", 56, 0, "LDG.16 LDG.32 LDG.128 STG.16 STG.128"),
     Row(r"mla_paged_attention::mla_kernel<.*>", 255, 0, ATTENTION_PART),
-    Row(r"mla_paged_attention::merge_kernel<.*>", 40, 0, "LDG.32 LDG.128 STG.64"),
+    Row(r"mla_paged_attention::merge_kernel<.*>", 56, 0, "LDG.32 LDG.128 STG.64"),
     Row(r"plain<mla_paged_attention::Latents<float>, 576>", 96, 3072, "LDG.32 STG.32"),
     Row(r"prefill<Prefill<\w+, 32, 32>, .*>", 168, 1024, ATTENTION),
     Row(r"prefill<Prefill<\w+, 64, 64>, .*>", 240, 1024, ATTENTION),
@@ -83,7 +94,7 @@ TABLE = [
     Row(r"prefill<Prefill<\w+, 192, 128>, .*>", 168, 1024, ATTENTION),
     Row(r"prefill<Prefill<\w+, 192, 192>, .*>", 224, 1024, ATTENTION),
     Row(r"prefill<Prefill<\w+, 256, 256>, .*>", 255, 1024, ATTENTION),
-    Row(r"decode<Decode<\w+, 32, 32>, .*>", 88, 1024, ATTENTION),
+    Row(r"decode<Decode<\w+, 32, 32>, .*>", 96, 1024, ATTENTION),
     Row(r"decode<Decode<\w+, 64, 64>, .*>", 128, 1024, ATTENTION),
     Row(r"decode<Decode<\w+, 96, 96>, .*>", 144, 1024, ATTENTION),
     Row(r"decode<Decode<\w+, 128, 128>, .*>", 184, 1024, ATTENTION),

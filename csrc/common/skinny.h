@@ -210,11 +210,12 @@ __device__ void multiply(const Product<float>& p, F finish) {
     }
 }
 
-// A kernel of tokens in one or two blocks of 8 columns: launch_with_columns(tokens, [&](auto NT) { ... }).
-template <class F>
+// Calls f with how many blocks of 8 columns the tokens take.
+template <class T, class F>
 void with_columns(int64_t tokens, F f) {
-    if (tokens <= 8) return f(std::integral_constant<int, 1>{});
-    f(std::integral_constant<int, 2>{});
+    if constexpr (!std::is_same_v<T, float>)
+        if (tokens > 8) return f(std::integral_constant<int, 2>{});
+    f(std::integral_constant<int, 1>{});
 }
 
 // Bytes of shared memory that a launch asks for.
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(threads, 2) kernel(const Product<T> p, const F
 // A product of its own; Finish is what happens to the results.
 template <bool gated, class T, class Finish>
 void run(const Product<T>& p, const Finish& finish, cudaStream_t stream) {
-    with_columns(p.tokens, [&](auto NT) {
+    with_columns<T>(p.tokens, [&](auto NT) {
         constexpr int n = decltype(NT)::value;
         launch(kernel<T, n, gated, Finish>, {dim3(blocks(p.F, gated)), dim3(threads), memory<T, n>(), stream, true}, p,
                finish);

@@ -11,6 +11,7 @@ from pyllama.layers.linear import Linear
 from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import Rotation
 from pyllama.ops.attention import attention
+from pyllama.ops.decode_attention import decode_attention_
 from pyllama.ops.norm_rope_store import norm_rope_store_
 from pyllama.ops.paged_attention import paged_attention
 from pyllama.ops.rope import rope
@@ -29,6 +30,8 @@ class GQA(nn.Module):
         self.q_norm = RMSNorm(size if per_head else heads * size, norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size if per_head else kv_heads * size, norm_eps) if config.qk_norm else None
         self.norm_eps = norm_eps
+        # What the kernel of one op for a whole step of decoding takes.
+        self._in_one = size <= 128 and heads <= 16 * kv_heads
 
     def forward(
         self, x_TD: Tensor, norm: RMSNorm, batch: Packed, rotation: Rotation | None, kv_cache: Tensor | None
@@ -53,11 +56,8 @@ class GQA(nn.Module):
     def _cached(self, qkv: Tensor, batch: Batch, rotation: Rotation | None, kv_cache: Tensor) -> Tensor:
         config = self.config
         q_norm, k_norm = (self.q_norm, self.k_norm) if config.qk_norm == "head" else (None, None)
-        norm_rope_store_(
-            qkv,
-            kv_cache,
-            batch.positions if rotation is None else rotation.rows,
-            batch.slots,
+        positions = batch.positions if rotation is None else rotation.rows
+        turned = (
             None if rotation is None else rotation.cos_sin,
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
@@ -65,6 +65,13 @@ class GQA(nn.Module):
             config.rope is not None and config.rope.interleaved,
         )
         q_THK = qkv[:, : config.num_heads * config.head_dim].unflatten(1, (config.num_heads, config.head_dim))
+        if batch.max_seqlen == 1 and len(qkv) == len(batch.seq_lens) and self._in_one:
+            pages, lengths = batch.block_table, batch.seq_lens
+            decode_attention_(
+                qkv, kv_cache, pages, lengths, positions, *turned, window=config.window, counters=batch.counters
+            )
+            return q_THK
+        norm_rope_store_(qkv, kv_cache, positions, batch.slots, *turned)
         return paged_attention(
             q_THK,
             kv_cache,

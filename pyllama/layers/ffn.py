@@ -37,7 +37,9 @@ class MLP(nn.Module):
         self.gate_up = Linear(hidden_size, 2 * config.size, bias=config.bias)
         self.down = Linear(config.size, hidden_size, bias=config.bias)
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm | None, routed: bool = False) -> tuple[Tensor, None]:
+    def forward(
+        self, x_TD: Tensor, norm: RMSNorm | None, routed: bool = False, counters: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         """The residual stream x with the layer's result added; norm: what comes first."""
         return self.down.add_to(x_TD, self.gate_up.swiglu(x_TD, norm)), None
 
@@ -58,11 +60,13 @@ class MoE(nn.Module):
         self.shared = MLP(config.shared, hidden_size) if config.shared is not None else None
         self.shared_gate = Linear(hidden_size, 1, bias=False) if config.shared_gate else None
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm, routed: bool = False) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x_TD: Tensor, norm: RMSNorm, routed: bool = False, counters: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         """The residual stream x with the layer's result added, and the routing where `routed`; norm: what comes
-        first."""
+        first; counters: see `Packed`."""
         if few(x_TD) and not routed:
-            return self._of_few(x_TD, norm), None
+            return self._of_few(x_TD, norm, counters), None
         config = self.config
         normed_TD = norm(x_TD)
         if config.float32_router and x_TD.dtype.itemsize < 4:
@@ -75,10 +79,10 @@ class MoE(nn.Module):
         out_TD = moe_combine(grouped_linear(hidden, self.down, offsets), positions_TN, weights_TN)
         return self._add_shared(x_TD + out_TD, normed_TD), Routing(logits_TE, experts_TN) if routed else None
 
-    def _of_few(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+    def _of_few(self, x_TD: Tensor, norm: RMSNorm, counters: Tensor | None) -> Tensor:
         """The same in three ops, each of which reads the chosen experts' weights as they lie."""
         normed_TD, weights_TN, experts_TN = norm_gate(
-            x_TD, norm.weight, norm.eps, self.router.weight, **self._routing, early=True
+            x_TD, norm.weight, norm.eps, self.router.weight, **self._routing, counters=counters, early=True
         )
         hidden = experts_swiglu(normed_TD, self.gate_up, experts_TN)
         experts_add_(x_TD, hidden, self.down, experts_TN, weights_TN)

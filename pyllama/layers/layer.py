@@ -34,4 +34,4 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """The residual stream after this layer (without gradients in place), and the routing if it is asked for."""
         x_TD = self.attention(x_TD, self.attention_norm, batch, rotation, kv_cache)
-        return self.ffn(x_TD, self.ffn_norm, routed)
+        return self.ffn(x_TD, self.ffn_norm, routed, batch.counters)

@@ -41,7 +41,7 @@ def decode_attention_(
     window: int | None = None,
     counters: Tensor | None = None,
 ) -> None:
-    """`norm_rope_store_` and `paged_attention` of one new token of each sequence, whose result takes the queries' place.
+    """`norm_rope_store_` and `paged_attention` of each sequence's one new token; the result takes the queries' place.
 
     qkv: [B, (H + 2G) K], queries, keys, values; afterwards its first H K columns are attention's result, the others
     are undefined. kv_cache: [P, 2, G, S, K]; block_table: int32 [B, max_pages]; seq_lens: int32 [B], the new token

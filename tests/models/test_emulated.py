@@ -31,7 +31,10 @@ from pyllama.ops.registry import OPS, implementation
 V = 211
 SEEDS = 0, 1  # of the emulated threads' schedules: in order, and at random; the ops' own tests run more
 ERROR_FACTOR = 1.25  # of errors' root mean squares; rounding at other places is as likely to help as to hurt
-STORES = {GQAConfig: {"norm_rope_store_", "paged_attention"}, MLAConfig: {"mla_rope_store_", "mla_paged_attention"}}
+STORES = {
+    GQAConfig: {"norm_rope_store_", "paged_attention", "decode_attention_"},
+    MLAConfig: {"mla_rope_store_", "mla_paged_attention"},
+}
 MOE_OPS = {"topk_gate", "moe_dispatch", "grouped_swiglu", "grouped_linear", "moe_combine"}
 FEW_OPS = {"norm_linear", "norm_swiglu", "linear_add_"}  # of few tokens
 FEW_MOE_OPS = {"norm_gate", "experts_swiglu", "experts_add_"}

@@ -5,6 +5,7 @@ them: whatever they touch before they wait is a race. In every flavour, a block 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -26,7 +27,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Those of a step of decoding. All others wait for the end of what is ahead of them.
 CHAIN = {
     *("embedding", "norm_linear", "norm_rope_store_", "paged_attention", "mla_rope_store_", "mla_paged_attention"),
-    *("linear_add_", "norm_swiglu", "norm_gate", "experts_swiglu", "experts_add_", "sample", "advance_"),
+    *(
+        "decode_attention_",
+        "linear_add_",
+        "norm_swiglu",
+        "norm_gate",
+        "experts_swiglu",
+        "experts_add_",
+        "sample",
+        "advance_",
+    ),
 }
 WEIGHTS = {"weight", "norm_weight", "bias"}  # what an op may read early where its caller says so
 
@@ -95,6 +105,7 @@ def decode(model: Model, steps: int) -> list[Tensor]:
         model.device,
     )
     batch = Batch.from_lengths([1] * 3, lengths, block_table, PAGE_SIZE)
+    batch = replace(batch, counters=torch.zeros(3 * 2, dtype=torch.int32))
     made = []
     for _ in range(steps):
         tokens = sampler.choose(logits)
