@@ -53,7 +53,7 @@ def noticed(kernel: str, flavour: str) -> bool:
     environment |= {"TSAN_OPTIONS": "halt_on_error=1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "emulated"]
     command += ["--emulator", flavour, "--emulator-build", str(BUILD / kernel)]
-    command += [str(ROOT / "tests" / "ops" / f"test_{kernel}.py")]
+    command += [str(ROOT / "tests" / "ops" / f"test_{name}.py") for name in (kernel, "overlap")]
     if flavour != "plain":
         command += ["-m", "not nightly and not large"]
     try:
