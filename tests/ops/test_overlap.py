@@ -24,20 +24,10 @@ from pyllama.ops.registry import OPS
 from pyllama.sampling import Sampler, SamplingParams
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Those of a step of decoding. All others wait for the end of what is ahead of them.
-CHAIN = {
-    *("embedding", "norm_linear", "norm_rope_store_", "paged_attention", "mla_rope_store_", "mla_paged_attention"),
-    *(
-        "decode_attention_",
-        "linear_add_",
-        "norm_swiglu",
-        "norm_gate",
-        "experts_swiglu",
-        "experts_add_",
-        "sample",
-        "advance_",
-    ),
-}
+# Those of a step of decoding, and `attention`, which shares kernels. All others wait for the end of what is ahead.
+CHAIN = {"embedding", "advance_", "decode_attention_", "norm_rope_store_", "paged_attention", "attention", "sample"}
+CHAIN |= {"norm_linear", "norm_swiglu", "linear_add_", "norm_gate", "experts_swiglu", "experts_add_"}
+CHAIN |= {"mla_rope_store_", "mla_paged_attention"}
 WEIGHTS = {"weight", "norm_weight", "bias"}  # what an op may read early where its caller says so
 
 
