@@ -236,7 +236,7 @@ def test_a_profile_says_where_the_time_goes(folder: Path, tmp_path: Path) -> Non
     rows = {row[0].strip("`"): row[1:] for row in table_rows((where / "kernels.md").read_text())}
     whole = float(rows["the step"][1])
     assert sum(float(row[1]) for name, row in rows.items() if name != "the step") == pytest.approx(whole, rel=1e-3)
-    assert float(rows["pyllama::paged_attention"][0]) == 2  # layers
+    assert float(rows["pyllama::decode_attention_"][0]) == 2  # layers
 
 
 def event(name: str, device: DeviceType, microseconds: int, **more: Any) -> FunctionEvent:

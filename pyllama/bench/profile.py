@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -16,14 +15,16 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from pyllama.bench.limits import Limits, synchronize
-from pyllama.generation import stream
 from pyllama.model import Model
+from pyllama.sampling import SamplingParams
+from pyllama.step import Decoding
 
 WARM_STEPS, STEPS = 4, 8
 SMALL = 0.001  # kernels of less than this share of the step are one line of the table
 # Ops that read the whole of every tensor they are given, so that their inputs' shapes say how many bytes. Of other
 # ops' inputs (caches, experts, an embedding) it depends on values what is read.
 PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"})
+OF_FEW_TOKENS = frozenset(f"pyllama::{op}" for op in ("norm_linear", "norm_swiglu", "linear_add_", "norm_gate"))
 
 
 @dataclass
@@ -37,33 +38,42 @@ class Kernel:
 
 
 def write_profile(model: Model, prompts: Sequence[list[int]], limits: Limits, folder: Path) -> None:
-    """Profiles some steps of generation after the prompts: trace.json and kernels.md in the folder, which is made."""
+    """Profiles some steps of generation after the prompts: trace.json and kernels.md in the folder, which is made.
+
+    Steps are launched kernel by kernel: those that a CUDA graph launches belong to no op, so that nobody knows what
+    they read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = stream(model, prompts, max_new_tokens=1 + WARM_STEPS + STEPS, ignore_eos=True)
-    _take(chunks, (1 + WARM_STEPS) * len(prompts))
+    new_tokens = 1 + WARM_STEPS + STEPS
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    decoding = Decoding(model, prompts, [new_tokens] * len(prompts), params, ahead=0, graphs=False)
+    for _ in range(1 + WARM_STEPS):
+        decoding.step()
     synchronize(model.device)
     cuda = model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         start = perf_counter()
-        _take(chunks, STEPS * len(prompts))
+        for _ in range(STEPS):
+            decoding.step()
         synchronize(model.device)
         seconds = perf_counter() - start
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = list(profiler.events() or ())
     kernels = (of_gpu if cuda else of_cpu)(events, model.dtype.itemsize)
-    title = f"A step of generation: batch {len(prompts)}, context {len(prompts[0])}, mean of {STEPS}, while profiled"
+    title = f"A step of generation: batch {len(prompts)}, context {len(prompts[0])}, mean of {STEPS}, "
+    title += "launched kernel by kernel and profiled"
     (folder / "kernels.md").write_text("\n".join([title, "", *table(kernels, seconds, limits, cuda)]) + "\n")
 
 
 def of_gpu(events: Iterable[Any], itemsize: int) -> dict[str, Kernel]:
-    """The GPU's kernels and copies by name. Those that a CUDA graph launches belong to no op, so no bytes are known."""
+    """The GPU's kernels and copies by name. Of those that belong to no op, as a CUDA graph's, no bytes are known."""
     kernels: dict[str, Kernel] = defaultdict(Kernel)
     for event in events:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             kernels[event.name].calls += 1
             kernels[event.name].seconds += event.time_range.elapsed_us() / 1e6
-        elif event.name in PRODUCTS and event.kernels:
+        elif event.name in PRODUCTS | OF_FEW_TOKENS and event.kernels:
             launched = max(event.kernels, key=lambda kernel: kernel.duration)  # a second one adds up its parts
             kernels[launched.name].product_bytes += _bytes_read(event, itemsize)
             kernels[launched.name].product_seconds += launched.duration / 1e6
@@ -116,11 +126,6 @@ def table(kernels: dict[str, Kernel], seconds: float, limits: Limits, gpu: bool)
         f"of limit: bytes of a product's inputs / its time, as a share of {limits.bytes_per_second / 1e9:,.1f} GB/s, "
         "the read-only stream measured in this run; blank where what an op reads depends on values.",
     ]
-
-
-def _take(chunks: Iterable[Any], count: int) -> None:
-    for _ in islice(chunks, count):
-        pass
 
 
 def _bytes_read(event: Any, itemsize: int) -> int:
