@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -28,6 +32,8 @@ from pyllama.config import (
 from pyllama.layers.ffn import Routing
 from pyllama.layers.rope import cos_sin_table
 from pyllama.model import LMOutput, Model, load_balancing_loss
+from pyllama.sampling import SamplingParams
+from pyllama.step import Decoding
 
 ROPE = RopeConfig(theta=10000.0, dim=8)
 
@@ -185,3 +191,55 @@ def test_training_after_generation() -> None:
 def test_bad_input(token_ids: torch.Tensor, labels: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(FFNS["dense"])(token_ids, labels)
+
+
+class Launched(TorchDispatchMode):
+    """Inside, operators are counted that compute something: not those that give a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        taken, given = memory(args), memory(out)
+        if function._schema.is_mutable or not given <= taken:
+            self.counts[function.name().removeprefix("pyllama::")] += 1
+        return out
+
+
+def memory(tree: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+
+
+DENSE = {"norm_linear": 1, "decode_attention_": 1, "linear_add_": 2, "norm_swiglu": 1}
+MOE = {
+    "norm_linear": 1,
+    "decode_attention_": 1,
+    "linear_add_": 1,
+    "norm_gate": 1,
+    "experts_swiglu": 1,
+    "experts_add_": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("ffn", "expected"), [(MLPConfig(24), DENSE), (MoEConfig(4, 2, 12), MOE)], ids=["dense", "experts"]
+)
+@pytest.mark.parametrize("sequences", [1, 16])
+def test_a_step_of_decoding_is_few_kernels(
+    ffn: MLPConfig | MoEConfig, expected: dict[str, int], sequences: int
+) -> None:
+    """Five of a dense layer and six of one with experts, and nothing between them: each may overlap the next."""
+    model = tiny(ffn)
+    prompts = [[1 + i, 2, 3] for i in range(sequences)]
+    decoding = Decoding(model, prompts, [9] * sequences, SamplingParams(max_new_tokens=9))
+    for _ in range(2):
+        decoding.step()
+    with Launched() as launched:
+        decoding.step()
+    layers = len(model.layers)
+    whole = Counter({op: count * layers for op, count in expected.items()})
+    whole += Counter({"advance_": 1, "embedding": 1, "norm_linear": 1})  # the last is the head
+    whole += Counter({"aten::argmax": 1, "aten::copy_": 1})  # the choice, to where the next step reads it
+    assert launched.counts == whole
