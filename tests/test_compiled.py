@@ -122,6 +122,7 @@ class Kernel(NamedTuple):
     local: int
     shared: int
     instructions: Counter[str]  # how many of each word of `instruction`
+    early: int  # loads of 16 bytes before the last wait for the kernels ahead
 
     def __str__(self) -> str:
         return f"{self.name} on {self.architecture}"
@@ -194,8 +195,10 @@ def kernels() -> list[Kernel]:
         # From sm_90 on, the count includes 1024 bytes that the system keeps for itself.
         own = 1024 if int(re.search(r"\d+", architecture)[0]) >= 90 else 0
         words = Counter(word for opcode in code[key] if (word := instruction(opcode)))
+        waits = [i for i, opcode in enumerate(code[key]) if opcode.startswith("ACQBULK")]
+        early = [instruction(opcode) for opcode in code[key][: waits[-1]]].count("LDG.128") if waits else 0
         shared = max(used["SHARED"] - own, 0)
-        result.append(Kernel(name, architecture, used["REG"], used["STACK"], used["LOCAL"], shared, words))
+        result.append(Kernel(name, architecture, used["REG"], used["STACK"], used["LOCAL"], shared, words, early))
     return result
 
 
@@ -240,6 +243,14 @@ def test_no_forbidden_instruction(kernels: list[Kernel]) -> None:
         for word, reason in FORBIDDEN.items()
         if word in kernel.instructions
     )
+
+
+def test_weights_are_on_their_way_before_the_wait(kernels: list[Kernel]) -> None:
+    """All that a thread of a product of few tokens has room for: 256 bytes, of a block's two on a multiprocessor."""
+    skinny = [k for k in kernels if re.match(r"(skinny::kernel|norm_gate::norm_gate_kernel)<__", k.name)]
+    overlapping = [k for k in skinny if k.architecture == "sm_90a"]
+    assert overlapping
+    expect_none(f"{kernel}: {kernel.early} loads of 16 bytes, not 16" for kernel in overlapping if kernel.early != 16)
 
 
 def test_registers(rows: list[tuple[Kernel, Row]]) -> None:
