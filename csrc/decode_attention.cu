@@ -46,22 +46,6 @@ struct TurnedQueries {
     }
 };
 
-template <class F>
-void with_head_size(const Arguments& arguments, int64_t K, F f) {
-    switch (K) {
-        case 32:
-            return f(std::integral_constant<int, 32>());
-        case 64:
-            return f(std::integral_constant<int, 64>());
-        case 96:
-            return f(std::integral_constant<int, 96>());
-        case 128:
-            return f(std::integral_constant<int, 128>());
-    }
-    arguments.fail("K, the head size, is ", K, ", but must be 32, 64, 96 or 128 (norm_rope_store_ and paged_attention ",
-                   "take more)");
-}
-
 void decode_attention_(Tensor qkv, Tensor kv_cache, const Tensor& block_table, const Tensor& seq_lens,
                        const Tensor& positions, const std::optional<Tensor>& cos_sin,
                        const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, double eps,
@@ -75,7 +59,7 @@ void decode_attention_(Tensor qkv, Tensor kv_cache, const Tensor& block_table, c
     check_rope_store(arguments, qkv, kv_cache, cos_sin, q_weight, k_weight);
     if (window && *window < 1) arguments.fail("window is ", *window, ", but must be at least 1");
     const int64_t G = arguments["G"], K = arguments["K"], S = arguments["S"], max_pages = arguments["max_pages"];
-    const int bits = page_bits(arguments, S);
+    page_bits(arguments, S);
 
     if (qkv.numel() == 0) return;
     const DeviceScope device(qkv);
@@ -86,15 +70,7 @@ void decode_attention_(Tensor qkv, Tensor kv_cache, const Tensor& block_table, c
         store.seq_lens_B = arguments.data<int>("seq_lens", seq_lens);
         store.block_table = arguments.data<int>("block_table", block_table);
         store.max_pages = int(max_pages);
-        const Paged<T> source{arguments.aligned_data<T>("kv_cache", kv_cache),
-                              store.block_table,
-                              store.seq_lens_B,
-                              int(max_pages),
-                              int(K),
-                              bits,
-                              S * K,
-                              G * S * K,
-                              2 * G * S * K};
+        const Paged<T> source = paged_source<T>(arguments, kv_cache, block_table, seq_lens);
         Problem<T> p{};
         p.q = p.out = store.qkv_TF;
         p.q_token = p.out_token = store.qkv_stride, p.q_head = K;
@@ -112,13 +88,16 @@ void decode_attention_(Tensor qkv, Tensor kv_cache, const Tensor& block_table, c
                                Decode<T, 64, 64>::rows, " (norm_rope_store_ and paged_attention take more)");
             const Counters done(arguments, counters, qkv, int64_t(p.B) * G);
             p.done = done.data;
-            with_head_size(arguments, K, [&](auto size) {
+            const bool found = with_head_size<32, 64, 96, 128>(K, [&](auto size) {
                 constexpr int k = decltype(size)::value;
                 if (interleaved)
                     run_decode<T, k, k>(p, source, TurnedQueries<T, true>{store}, qkv, max_pages * S, device.stream);
                 else
                     run_decode<T, k, k>(p, source, TurnedQueries<T, false>{store}, qkv, max_pages * S, device.stream);
             });
+            if (!found)
+                arguments.fail("K, the head size, is ", K, ", but must be 32, 64, 96 or 128 (norm_rope_store_ and ",
+                               "paged_attention take more)");
         }
     });
 }

@@ -5,25 +5,6 @@
 
 namespace {
 
-template <class F>
-void with_head_size(const Arguments& arguments, int64_t K, F f) {
-    switch (K) {
-        case 32:
-            return f(std::integral_constant<int, 32>());
-        case 64:
-            return f(std::integral_constant<int, 64>());
-        case 96:
-            return f(std::integral_constant<int, 96>());
-        case 128:
-            return f(std::integral_constant<int, 128>());
-        case 192:
-            return f(std::integral_constant<int, 192>());
-        case 256:
-            return f(std::integral_constant<int, 256>());
-    }
-    arguments.fail("K, the head size, is ", K, ", but must be 32, 64, 96, 128, 192 or 256 (pyllama.eager() runs any)");
-}
-
 Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table, const Tensor& cu_seqlens_q,
                        const Tensor& seq_lens, int64_t max_seqlen_q, std::optional<double> scale,
                        std::optional<int64_t> window) {
@@ -36,7 +17,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
     check_heads(arguments, window);
     arguments.rows_of_heads("q", q);
     const int64_t K = arguments["K"], G = arguments["G"], S = arguments["S"], max_pages = arguments["max_pages"];
-    const int bits = page_bits(arguments, S);
+    page_bits(arguments, S);
 
     Tensor out = torch::stable::new_empty(q, q.sizes());
     if (q.size(0) == 0 || arguments["B"] == 0) return out;
@@ -46,26 +27,21 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
         auto p = make_problem<T>(arguments, q, cu_seqlens_q, G, scale, window);
         p.out = static_cast<T*>(out.mutable_data_ptr());
         p.out_token = out.stride(0);
-        const Paged<T> source{arguments.aligned_data<T>("kv_cache", kv_cache),
-                              arguments.data<int>("block_table", block_table),
-                              arguments.data<int>("seq_lens", seq_lens),
-                              int(max_pages),
-                              int(K),
-                              bits,
-                              S * K,
-                              G * S * K,
-                              2 * G * S * K};
+        const Paged<T> source = paged_source<T>(arguments, kv_cache, block_table, seq_lens);
         if constexpr (std::is_same_v<T, float>) {
             if (K > plain_columns) arguments.fail("K, the head size, is ", K, ", but must be at most ", plain_columns);
             run_plain(p, source, q, int(K), int(K), device.stream);
         } else {
-            with_head_size(arguments, K, [&](auto size) {
+            const bool found = with_head_size<32, 64, 96, 128, 192, 256>(K, [&](auto size) {
                 constexpr int k = decltype(size)::value;
                 if (max_seqlen_q == 1 && int(sizeof(typename Decode<T, k, k>::Shared)) + 1024 <= max_shared_memory())
                     run_decode<T, k, k>(p, source, StoredQueries{}, q, max_pages * S, device.stream);
                 else
                     run_prefill<T, k, k>(p, source, q, max_pages * S, device.stream);
             });
+            if (!found)
+                arguments.fail("K, the head size, is ", K,
+                               ", but must be 32, 64, 96, 128, 192 or 256 (pyllama.eager() runs any)");
         }
     });
     return out;

@@ -13,6 +13,7 @@ from time import monotonic
 import pytest
 import torch
 from emulated import EMULATOR
+from tiny import CONFIG
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
@@ -23,20 +24,7 @@ from benchmarks.model_check import compare, cut_down, random_model  # noqa: E402
 from pyllama.architectures import read_config  # noqa: E402
 from pyllama.config import MLPConfig, ModelConfig, MoEConfig  # noqa: E402
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
+TINY = CONFIG | {"tie_word_embeddings": True}
 
 
 def steps(stage: str, out: Path) -> list[gpu_check.Step]:

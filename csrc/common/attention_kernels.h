@@ -315,6 +315,36 @@ void run_plain(const Problem<float>& p, const Source& source, const Tensor& q, i
     launch(plain<Source, columns>, {grid, dim3(32), 0, stream, true}, p, source, K, V);
 }
 
+// Pages have 1 << page_bits(S) tokens.
+inline int page_bits(const Arguments& arguments, int64_t S) {
+    int bits = 0;
+    while ((1 << bits) < S) ++bits;
+    if (S != 1 << bits) arguments.fail("S, the page size, is ", S, ", but must be a power of two");
+    return bits;
+}
+
+// The keys and values of a cache [P, 2, G, S, K], checked.
+template <class T>
+Paged<T> paged_source(const Arguments& arguments, const Tensor& kv_cache, const Tensor& block_table,
+                      const Tensor& seq_lens) {
+    const int64_t G = arguments["G"], S = arguments["S"], K = arguments["K"];
+    return {arguments.aligned_data<T>("kv_cache", kv_cache),
+            arguments.data<int>("block_table", block_table),
+            arguments.data<int>("seq_lens", seq_lens),
+            int(arguments["max_pages"]),
+            int(K),
+            page_bits(arguments, S),
+            S * K,
+            G * S * K,
+            2 * G * S * K};
+}
+
+// Calls f with K as a constant, if it is one of `sizes`.
+template <int... sizes, class F>
+bool with_head_size(int64_t K, F f) {
+    return ((K == sizes && (f(std::integral_constant<int, sizes>()), true)) || ...);
+}
+
 inline int window_or_all(std::optional<int64_t> window) {
     return int(std::min<int64_t>(window.value_or(INT_MAX / 2), INT_MAX / 2));
 }
@@ -336,14 +366,6 @@ Problem<T> make_problem(const Arguments& arguments, const Tensor& q, const Tenso
     p.scale = exponent_scale(factor);
     p.splits = 1;
     return p;
-}
-
-// Pages have 1 << page_bits(S) tokens.
-inline int page_bits(const Arguments& arguments, int64_t S) {
-    int bits = 0;
-    while ((1 << bits) < S) ++bits;
-    if (S != 1 << bits) arguments.fail("S, the page size, is ", S, ", but must be a power of two");
-    return bits;
 }
 
 inline void check_heads(const Arguments& arguments, std::optional<int64_t> window) {
