@@ -17,10 +17,11 @@ struct TurnedQueries {
     __device__ void bring(const Problem<T>& problem, const Head& head, const Work& work, T* tile) const {
         constexpr int width = P::K <= 32 ? 2 : P::K <= 64 ? 4 : 8;  // lanes of a head, with two vectors each
         const int g = blockIdx.y, newest = work.position;
+        const bool stored = newest >= 0 && newest < p.max_pages * p.S;  // beyond the block table is nobody's
         const HeadPart<T> part(threadIdx.x % width, P::K, p.R);
         Angles<T, interleaved> angles;
         if (part.rotated) angles.load(p.cos_sin_PR + p.positions_T[work.token] * p.cos_sin_stride, p.R, part);
-        const int heads = work.rows + (newest >= 0 && work.end == newest + 1 ? 2 : 0);
+        const int heads = work.rows + (stored && work.end == newest + 1 ? 2 : 0);
         for (int first = 0; first < heads; first += P::threads / width) {
             const int i = first + threadIdx.x / width;
             const bool exists = i < heads, query = i<work.rows, value = i> work.rows;

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(skinny::threads, 2) experts_add_kernel(const P
         per * p.N, 1, fetch,
         [&](int, int step) {
             const int n = step / per, at = tile.feature(step - n * per);
-            return n < p.N && at < p.F ? load(x + int64_t(n) * p.F, at / 8) : Vector<T>{};
+            return n < p.N && at < p.F && experts.index[n] >= 0 ? load(x + int64_t(n) * p.F, at / 8) : Vector<T>{};
         },
         [&](int i, int step) {
             tile.multiply(own, i);

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int width = skinny::rows / 2;  // columns of a block
+constexpr int max_experts = 32;          // of a token
 
 template <class T>
 struct Params {
@@ -105,7 +106,9 @@ Tensor experts_swiglu(const Tensor& x, const Tensor& weight, const Tensor& indic
     if (arguments["features"] % 2)
         arguments.fail("weight has ", arguments["features"], " rows, but must have 2F, gate and up");
     skinny::check_sizes(arguments, T, D, F);
-    if (N > E) arguments.fail("N, the experts of a token, are ", N, ", but there are only ", E);
+    if (N > E || N > max_experts)
+        arguments.fail("N, the experts of a token, are ", N, ", but must be at most ",
+                       std::min<int64_t>(E, max_experts));
 
     Tensor out = torch::stable::new_empty(x, {T, N, F});
     if (out.numel() == 0) return out;

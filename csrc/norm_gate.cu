@@ -39,6 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_gate(const Tensor& x, const Tensor& norm
     arguments.tensor("norm_weight", norm_weight, {"D"});
     arguments.tensor("weight", weight, {"E", "D"});
     if (bias) arguments.tensor("bias", *bias, ScalarType::Float, {"E"});
+    if (counters) arguments.tensor("counters", *counters, ScalarType::Int, {"C"});
     const int64_t T = arguments["T"], D = arguments["D"], E = arguments["E"];
     skinny::check_sizes(arguments, T, D, E);
     Gate gate = make_gate(arguments, T, E, top_k, bias, scoring, groups, renormalize, scale);

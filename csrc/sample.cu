@@ -381,19 +381,14 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
     const DeviceScope device(logits);
     const Tile tile = choose_tile(int(B), int(V));
     Tensor partial = torch::stable::new_empty(logits, {B, tile.slices, int64_t(sizeof(Slice) / 8)}, ScalarType::Long);
+    auto* best = static_cast<Slice*>(partial.mutable_data_ptr());
+    auto* chosen = static_cast<int64_t*>(tokens.mutable_data_ptr());
     const int64_t stride = B > 1 ? logits.stride(0) : 0, bytes = logits.element_size();
     const bool aligned = reinterpret_cast<intptr_t>(logits.const_data_ptr()) % 16 == 0 && stride * bytes % 16 == 0;
     arguments.with_float_type([&](auto element) {
         using T = decltype(element);
-        const Params<T> p{options,
-                          static_cast<const T*>(logits.const_data_ptr()),
-                          stride,
-                          aligned,
-                          int(B),
-                          int(V),
-                          tile.slices,
-                          static_cast<Slice*>(partial.mutable_data_ptr()),
-                          static_cast<int64_t*>(tokens.mutable_data_ptr())};
+        const auto* scores = static_cast<const T*>(logits.const_data_ptr());
+        const Params<T> p{options, scores, stride, aligned, int(B), int(V), tile.slices, best, chosen};
         launch(slices<T>, {dim3(p.B * tile.blocks), dim3(tile.threads), 0, device.stream, true}, p, tile.blocks);
         launch(finish<T>, {dim3(p.B), dim3(tile.finishing_threads), 0, device.stream, true}, p);
     });

@@ -6,7 +6,8 @@ sequences that leave are overwritten in place, and there are a few numbers of pl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from threading import Lock
 from typing import Any, Protocol, TypeVar
@@ -73,11 +74,31 @@ class Graphs:
     def _capture(self, work: Callable[[], R]) -> tuple[torch.cuda.CUDAGraph, R]:
         graph = torch.cuda.CUDAGraph()
         with _capturing, torch.cuda.device(self._device):
-            # thread_local: other threads may go on using CUDA meanwhile.
+            torch.cuda.current_blas_handle()  # this thread's, which a capture may not make
             stream = _capture_stream(self._device)
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            # The current stream is entered, as a capture that fails would not bring it back. thread_local: other
+            # threads may launch and allocate meanwhile (to synchronise the whole device would end the capture).
+            with (
+                _own_workspaces(),
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"),
+            ):
                 result = work()
         return graph, result
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Inside, cuBLAS takes new workspaces, and others again afterwards.
+
+    torch keeps them by stream. So a graph would share one with all that were captured before, in the memory of the
+    first, and lose it with that (pytorch issue 193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @cache

@@ -130,11 +130,17 @@ def _load_weights(
         mapped = mapped_weights(parts, dtypes, checkpoint) if device.type == "cpu" else {}
         # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
         rest = [name for name in parameters if name not in mapped]
-        copied = {n: torch.empty(parameters[n].shape, dtype=dtypes[n], device=device) for n in rest}
-        copied_parts = {n: parts[n] for n in copied}
-        total = sum(checkpoint.tensors[part.tensor].bytes for found in copied_parts.values() for part in found)
-        with progress_bar("loading", total) as advance:
-            copy_weights(copied_parts, copied, checkpoint, advance)
+        rest_parts = {n: parts[n] for n in rest}
+        total = sum(checkpoint.tensors[part.tensor].bytes for found in rest_parts.values() for part in found)
+        try:
+            copied = {n: torch.empty(parameters[n].shape, dtype=dtypes[n], device=device) for n in rest}
+            with progress_bar("loading", total) as advance:
+                copy_weights(rest_parts, copied, checkpoint, advance)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"{count:,} parameters in {dtype} need {_gigabytes(count * dtype.itemsize)}, and what converting them "
+                f"takes beside is not free on {device}; load them in another dtype or on another device"
+            ) from error
     model.load_state_dict(copied | mapped, assign=True)
     return model
 

@@ -213,6 +213,7 @@ class CachedContext:
         self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], n: int, places: int
     ) -> None:
         self._model = model
+        self._weights = [parameter.detach() for parameter in model.parameters()]  # as a graph reads them
         self._prompts = prompts
         self._n = n
         # The last token is never computed, only given out: it needs no place.

@@ -230,6 +230,10 @@ def _make_from_views(tasks: list[_Task], checkpoint: Checkpoint, threads: int, p
             _make(task, checkpoint, lambda tensor: checkpoint.read(*tensor))
         return _bytes(task.part, checkpoint)
 
+    if threads == 1:  # in this thread, whose current stream on the GPU is the caller's
+        for task in tasks:
+            progress(make(task))
+        return
     with ThreadPoolExecutor(threads) as pool:
         for size in pool.map(make, tasks):
             progress(size)

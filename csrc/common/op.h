@@ -238,6 +238,7 @@ struct Counters {
     unsigned* data;
 
     Counters(const Arguments& arguments, const std::optional<Tensor>& given, const Tensor& like, int64_t needed) {
+        if (given) arguments.data<int>("counters", *given);
         if (given && given->numel() < needed)
             arguments.fail("counters has ", given->numel(), " elements, but must have at least ", needed);
         if (!given) own = torch::stable::new_zeros(like, {needed}, ScalarType::Int);

@@ -27,7 +27,7 @@ struct RopeStore {
     __device__ int slot(int64_t token) const {
         if (slots_T) return slots_T[token];
         const int last = seq_lens_B[token] - 1;
-        return last < 0 ? -1 : block_table[token * max_pages + last / S] * S + last % S;
+        return last < 0 || last >= max_pages * S ? -1 : block_table[token * max_pages + last / S] * S + last % S;
     }
 };
 
@@ -119,7 +119,7 @@ RopeStore<T> make_rope_store(const Arguments& arguments, const Tensor& qkv, cons
     RopeStore<T> p{};
     p.qkv_TF = static_cast<T*>(qkv.mutable_data_ptr());
     p.qkv_stride = qkv.stride(0);
-    p.cache_P2GSK = const_cast<T*>(arguments.data<T>("kv_cache", kv_cache));
+    p.cache_P2GSK = arguments.mutable_data<T>("kv_cache", kv_cache);
     if (cos_sin) p.cos_sin_PR = static_cast<const float*>(cos_sin->const_data_ptr());
     if (cos_sin) p.cos_sin_stride = cos_sin->stride(0);
     if (q_weight) p.q_weight_K = arguments.data<T>("q_weight", *q_weight);

@@ -63,6 +63,8 @@ def write_profile(model: Model, prompts: Sequence[list[int]], limits: Limits, fo
     kernels = (of_gpu if cuda else of_cpu)(events, model.dtype.itemsize)
     title = f"A step of generation: batch {len(prompts)}, context {len(prompts[0])}, mean of {STEPS}, "
     title += "launched kernel by kernel and profiled"
+    if cuda:
+        title += ". Kernels overlap, and the time of each is counted with its waiting for the one ahead"
     (folder / "kernels.md").write_text("\n".join([title, "", *table(kernels, seconds, limits, cuda)]) + "\n")
 
 

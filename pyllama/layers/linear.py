@@ -1,7 +1,8 @@
 """The products of a layer, with what happens before and after each. T tokens, D input features, F output features.
 
 One function per product. For few tokens it is one op, whose time is that of reading the weight; for more, and wherever
-gradients are due, the plain composition, which is also that op's eager body.
+gradients are due, the plain composition, which is also that op's eager body. The op reads the weight early (see
+`norm_linear`): a hook that writes weights on the GPU right before their layer runs must wait for the end of its writes.
 """
 
 from __future__ import annotations

@@ -322,9 +322,9 @@ MUTANTS = [
     ),
     *planted("decode_attention.cu",
         ("the newest key read before it is written", "        __syncthreads();\n    }\n};", "    }\n};"),
-        ("every part stores the newest key", "newest >= 0 && work.end == newest + 1", "newest >= 0"),
+        ("every part stores the newest key", "stored && work.end == newest + 1", "stored"),
         ("values are rotated", "weight_K, !value, part", "weight_K, true, part"),
-        ("unused places are stored", "newest >= 0 && work.end", "work.end"),
+        ("unused places are stored", "bool stored = newest >= 0 && ", "bool stored = "),
     ),
     *[mutant for file, op in (
         ("embedding.cu", "embedding"), ("advance.cu", "advance"), ("common/rope_store.h", "norm_rope_store"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from comparing import assert_close, attention_of_sequence, int32, numpy, poisoned, refused, refused_by_kernels
+from conftest import Implementation
 from test_norm_rope_store import prepared
 from test_paged_attention import paged
 from test_rope import table
@@ -119,7 +120,15 @@ def test_arguments(device: str) -> None:
         decode_attention_(qkv, cache, pages, index[:1], index)
 
 
-def test_lengths_beyond_the_block_table() -> None:
-    cache, index = torch.zeros(3, 2, 2, 4, 8), int32(0)
-    with refused(r"decode_attention_: seq_lens\[0\] is 5, but must be in 0 to 4"):
-        decode_attention_(torch.randn(1, 64), cache, index[None], int32(5), index)
+def test_nothing_is_stored_beyond_the_block_table(dtype: torch.dtype, chosen: Implementation) -> None:
+    """Where eager bodies raise: kernels cannot, and must not write to the next sequence's pages."""
+    cache, pages = torch.zeros(3, 2, 1, 16, 32, dtype=dtype, device=chosen.device), int32(0, 2, device=chosen.device)
+    qkv, lengths = torch.randn(2, 96, dtype=dtype, device=chosen.device), int32(17, 3, device=chosen.device)
+    if chosen.name == "eager":
+        with refused(r"decode_attention_: seq_lens\[0\] is 17, but must be in 0 to 16"):
+            decode_attention_(qkv, cache, pages.view(2, 1), lengths, lengths - 1)
+        return
+    spare = torch.cat((pages, pages[:1])).view(3, 1)[:2]  # what lies behind the table can be read
+    decode_attention_(qkv, cache, spare, lengths, lengths - 1)
+    assert not cache[:2].any()
+    assert cache[2, :, :, 2].any(dim=-1).all()

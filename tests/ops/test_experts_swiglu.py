@@ -62,6 +62,9 @@ def test_what_the_kernel_does_not_support(device: str) -> None:
     weight = torch.randn(2, 16, 8, device=device)
     with refused_by_kernels("experts_swiglu", device, "T, the number of tokens, is 17, but must be at most 16"):
         experts_swiglu(torch.randn(17, 8, device=device), weight, torch.zeros(17, 1).int().to(device))
+    weight = torch.randn(40, 16, 8, device=device)
+    with refused_by_kernels("experts_swiglu", device, "N, the experts of a token, are 33, but must be at most 32"):
+        experts_swiglu(torch.randn(1, 8, device=device), weight, torch.arange(33, device=device).int()[None])
 
 
 def test_arguments(device: str) -> None:

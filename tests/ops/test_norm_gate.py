@@ -63,10 +63,15 @@ def test_what_the_kernel_does_not_support(device: str) -> None:
     with refused_by_kernels("norm_gate", device, "counters has 0 elements, but must have at least 1"):
         none = torch.zeros(0, dtype=torch.int32, device=device)
         norm_gate(torch.randn(1, 16, device=device), norm, 1e-5, weight, 2, counters=none)
+    with refused_by_kernels("norm_gate", device, "counters must be contiguous"):
+        apart = torch.zeros(4, dtype=torch.int32, device=device)[::2]
+        norm_gate(torch.randn(1, 16, device=device), norm, 1e-5, weight, 2, counters=apart)
 
 
 def test_arguments(device: str) -> None:
     x, norm, weight = (torch.randn(*shape, device=device) for shape in ((2, 16), (16,), (4, 16)))
+    with refused("norm_gate: counters must have .*int32"):
+        norm_gate(x, norm, 1e-5, weight, 2, counters=torch.zeros(1, dtype=torch.int8, device=device))
     with refused("norm_gate: top_k is 5, but must be in 1 to 4"):
         norm_gate(x, norm, 1e-5, weight, 5)
     with refused("norm_gate: scoring is 'relu'"):
