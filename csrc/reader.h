@@ -4,6 +4,7 @@
 // what reads a chunk and brings it to its place. The first error stops all, and so does the caller's.
 #pragma once
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -48,10 +49,14 @@ inline void read_exactly(const File& file, char* place, int64_t bytes, int64_t o
         const ssize_t count = pread(file.descriptor, place, bytes, offset);
         if (count < 0 && errno == EINTR) continue;
         if (count < 0) throw ReadError(errno, file.name, std::generic_category().message(errno));
-        if (count == 0)
+        if (count == 0) {
+            struct stat now{};
+            fstat(file.descriptor, &now);
             throw ReadError(EIO, file.name,
-                            "it ends at byte " + std::to_string(offset) + ", where its header says that " +
-                                std::to_string(bytes) + " more are: it was cut while it was read");
+                            "it ends at byte " + std::to_string(now.st_size) + ", where its header says that " +
+                                std::to_string(offset + bytes - now.st_size) +
+                                " more are: it was cut while it was read");
+        }
         place += count, offset += count, bytes -= count;
     }
 }
