@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,11 +70,12 @@ class Emulator:
         finally:
             library.emulator_overlap(ctypes.c_bool(False))
 
-    def touch(self, tensor: Tensor) -> None:
-        """Runs a kernel that writes the tensor's elements; they stay as they are."""
-        touch = ctypes.CDLL(str(self.path)).emulator_touch
-        for run in runs(tensor):
-            touch(ctypes.c_void_p(run.data_ptr()), ctypes.c_size_t(run.numel() * run.element_size()))
+    def touch(self, tensors: Iterable[Tensor]) -> None:
+        """Runs a kernel that writes the tensors' elements; they stay as they are."""
+        parts = [run for tensor in tensors for run in runs(tensor)]
+        starts = (ctypes.c_void_p * len(parts))(*(run.data_ptr() for run in parts))
+        sizes = (ctypes.c_size_t * len(parts))(*(run.nbytes for run in parts))
+        ctypes.CDLL(str(self.path)).emulator_touch(starts, sizes, ctypes.c_size_t(len(parts)))
 
     @contextmanager
     def enabled(self, seed: int) -> Iterator[None]:

@@ -97,18 +97,20 @@ EXPORT int emulator_overlap(bool on) {
     return emu::overlapped_launches.exchange(0);
 }
 
-// A kernel that writes n bytes, as ThreadSanitizer sees it; they stay as they are.
-EXPORT void emulator_touch(void* p, size_t n) {
-    struct Bytes {
-        void* p;
-        size_t n;
+// A kernel that writes `count` stretches of memory, as ThreadSanitizer sees it; they stay as they are. One kernel,
+// since later overlapped launches are taken to have seen all non-overlapping ones but the last.
+EXPORT void emulator_touch(void** starts, const size_t* bytes, size_t count) {
+    struct Stretches {
+        void** starts;
+        const size_t* bytes;
+        size_t count;
     };
-    const Bytes bytes{p, n};
+    const Stretches stretches{starts, bytes, count};
     emu::launch(
         dim3(1), dim3(1), 0, false,
         [](const void* arguments) {
-            const auto& b = *static_cast<const Bytes*>(arguments);
-            if (__tsan_write_range) __tsan_write_range(b.p, b.n);
+            const auto& s = *static_cast<const Stretches*>(arguments);
+            for (size_t i = 0; __tsan_write_range && i < s.count; ++i) __tsan_write_range(s.starts[i], s.bytes[i]);
         },
-        &bytes);
+        &stretches);
 }

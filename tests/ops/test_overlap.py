@@ -56,9 +56,8 @@ def test_nothing_but_weights_is_touched_early(op: str, kernels: Implementation, 
             named = dict(zip(names, args))  # noqa: B905  trailing arguments may be missing
             early = named.get("early", False)
             with emulator.overlapping() as count:
-                for name, value in named.items():
-                    if isinstance(value, Tensor) and not (early and name in WEIGHTS):
-                        emulator.touch(value)
+                given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+                emulator.touch(value for name, value in given.items() if not (early and name in WEIGHTS))
                 found = results(op, args)
                 overlapped += count()
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
