@@ -121,7 +121,7 @@ struct Worker {
     // What ThreadSanitizer takes the TMA unit and the tensor cores for: threads that see generic
     // writes to shared memory only through fence.proxy.async.
     void *tma = nullptr, *tensor = nullptr;
-    char fence_key, tensor_key, store_key, block_key;
+    char fence_key, tensor_key, store_key, block_key, end_key;  // of the block: its start, its threads' ends
     Body body = nullptr;
     const void* arguments = nullptr;
     int threads = 0, alive = 0;

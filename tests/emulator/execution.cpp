@@ -65,7 +65,7 @@ void fiber_main() {
         acquire(&start_key);
         acquire(&w.block_key);
         w.body(w.arguments);
-        release(&w.block_key);
+        release(&w.end_key);
         Quiet quiet;
         if (!w.self->stores.empty()) fail("thread exits with a TMA store in flight");
         w.self->exited = true;
@@ -74,7 +74,7 @@ void fiber_main() {
         else
             w.check_end();
     } catch (...) {
-        release(&w.block_key);
+        release(&w.end_key);
         w.error = std::current_exception();
     }
     w.switch_to(next);
@@ -213,11 +213,11 @@ void Worker::run_block(uint3 index) {
         for (int i = 0; tma && i < threads; ++i)
             as(fibers[i].tsan, [&] {
                 for (; fibers[i].quiet; --fibers[i].quiet) __tsan_ignore_thread_end();
-                release(&block_key);
+                release(&end_key);
             });
         for (int i = 0; i < threads; ++i) set_poisoned(fibers[i].stack, fibers[i].stack_bytes, false);
     }
-    acquire(&block_key);
+    acquire(&end_key);
     if (error) std::rethrow_exception(error);
 }
 
