@@ -31,6 +31,7 @@ import pyllama
 from benchmarks.results import Results
 from pyllama.architectures import read_config
 from pyllama.batch import Batch
+from pyllama.bench.engines import random_model as bench_model
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
 from pyllama.config import LayerConfig, ModelConfig, MoEConfig
 from pyllama.model import Model
@@ -54,18 +55,12 @@ def cut_down(config: ModelConfig, first: int, layers: int | None, experts: int |
 
 
 def random_model(config: ModelConfig, device: str, dtype: torch.dtype, seed: int = 0) -> Model:
-    """Weights as at the start of training: sublayers keep their inputs' size, tied embeddings do not repeat tokens."""
-    with torch.device("meta"):
-        model = Model(config)
-    model = model.to(dtype).to_empty(device=device).eval()
+    """`pyllama bench`'s, but for routers' correction biases, which are not 0."""
+    model = bench_model(config, torch.device(device), dtype, seed)
     generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
-                weight.fill_(1.0)
-            else:
-                std = 0.02 if name.startswith("embedding") else weight.shape[-1] ** -0.5
-                weight.normal_(std=std, generator=generator)
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     return model
 
 

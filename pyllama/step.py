@@ -66,9 +66,8 @@ class Decoding:
         if self._switch is not None:
             self._ahead = min(self._ahead, 1)
 
-        self._texts = [
-            list(prompt) for prompt in prompts for _ in range(params.n)
-        ]  # and what was read, if it is needed
+        # With what was read since, where it is needed.
+        self._texts = [list(prompt) for prompt in prompts for _ in range(params.n)]
         self._rooms = [room for room in max_new_tokens for _ in range(params.n)]
         self._stopped: set[int] = set()
         self._steps = 0  # begun so far

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,15 +69,8 @@ def pyllama(
     return queries(qkv, kv_cache)
 
 
-def turned(
-    qkv: Tensor, kv_cache: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor, *weights: Tensor | None
-) -> Tensor:
-    """The queries [B, H, K]; writes the cache, as there is no other way to store."""
-    q, _ = stored(qkv, kv_cache, positions, slots, cos_sin, *weights)
-    return q.unflatten(1, (-1, kv_cache.shape[4]))
-
-
-def formula(
+def composed(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     qkv: Tensor,
     kv_cache: Tensor,
     block_table: Tensor,
@@ -87,22 +80,19 @@ def formula(
     counters: Tensor,
     *rest: Tensor | None,
 ) -> Tensor:
-    q = turned(qkv, kv_cache, positions, slots, *rest)
-    return explicit(q[:, None], *gathered(kv_cache, block_table)).flatten(1)
+    """Step by step: `attend` has the queries [B, H, K] and the gathered keys and values. Writes the cache, as there is
+    no other way to store."""
+    q, _ = stored(qkv, kv_cache, positions, slots, *rest)
+    return attend(q.unflatten(1, (-1, kv_cache.shape[4])), *gathered(kv_cache, block_table)).flatten(1)
 
 
-def eager(
-    qkv: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    counters: Tensor,
-    *rest: Tensor | None,
-) -> Tensor:
-    """With torch's attention, to which pages must be gathered."""
-    return sdpa(turned(qkv, kv_cache, positions, slots, *rest), *gathered(kv_cache, block_table)).flatten(1)
+def formula(*inputs: Any) -> Tensor:
+    return composed(lambda q, k, v: explicit(q[:, None], k, v), *inputs)
+
+
+def eager(*inputs: Any) -> Tensor:
+    """With torch's attention."""
+    return composed(sdpa, *inputs)
 
 
 def reference(

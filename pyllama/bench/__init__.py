@@ -167,7 +167,7 @@ class Bench:
             what = f"round {number} of {self._rounds}" if number else "warms up"
             self._say(f"{engine.name}, batch {cell.batch}, context {cell.context}: {what}")
             others = sum(other.weight_bytes for other in engines if other is not engine)
-            reset_peak_memory(self._target)
+            counted = reset_peak_memory(self._target)
             try:
                 timing = engine.run(prompts, cell.new_tokens)
             except (MemoryError, torch.OutOfMemoryError):
@@ -175,7 +175,7 @@ class Bench:
             except EngineError as error:
                 problems[engine.name] = str(error)
             else:
-                peak = peak_memory(self._target)
+                peak = peak_memory(self._target) if counted else None  # else it would be an earlier one's
                 peaks[engine.name] = None if peak is None else peak - others
                 timings[engine.name] += [timing] * (number > 0)
         for name in timings:

@@ -58,15 +58,16 @@ def random_prompts(cell: Cell, vocab_size: int, seed: int = 0) -> list[list[int]
     return torch.randint(vocab_size, (cell.batch, cell.context), generator=generator).tolist()
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Peaks count from here, where the system can do that."""
+def reset_peak_memory(device: torch.device) -> bool:
+    """Peaks count from here; False where the system cannot do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc
     except OSError:
-        return
+        return False
+    return True
 
 
 def peak_memory(device: torch.device) -> int | None:
