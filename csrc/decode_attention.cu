@@ -58,7 +58,7 @@ void decode_attention_(Tensor qkv, Tensor kv_cache, const Tensor& block_table, c
     arguments.tensor("positions", positions, ScalarType::Int, {"B"});
     if (counters) arguments.tensor("counters", *counters, ScalarType::Int, {"C"});
     check_rope_store(arguments, qkv, kv_cache, cos_sin, q_weight, k_weight);
-    if (window && *window < 1) arguments.fail("window is ", *window, ", but must be at least 1");
+    check_window(arguments, window);
     const int64_t G = arguments["G"], K = arguments["K"], S = arguments["S"], max_pages = arguments["max_pages"];
     page_bits(arguments, S);
 

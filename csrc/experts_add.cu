@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr int max_experts = 32;  // of a token
-
 template <class T>
 struct Params {
     T* residual_TD;
@@ -20,8 +18,8 @@ struct Params {
 
 // What a block knows of its token's experts.
 struct Experts {
-    int index[max_experts];  // none: -1
-    float weight[max_experts];
+    int index[skinny::max_choices];  // none: -1
+    float weight[skinny::max_choices];
 };
 
 template <class T>
@@ -116,7 +114,8 @@ void experts_add_(Tensor residual, const Tensor& x, const Tensor& weight, const 
     arguments.tensor("weights", weights, ScalarType::Float, {"T", "N"});
     const int64_t T = arguments["T"], D = arguments["D"], N = arguments["N"], F = arguments["F"];
     skinny::check_sizes(arguments, T, F, D);
-    if (N > max_experts) arguments.fail("N, the experts of a token, are ", N, ", but must be at most ", max_experts);
+    if (N > skinny::max_choices)
+        arguments.fail("N, the experts of a token, are ", N, ", but must be at most ", skinny::max_choices);
     if (T == 0 || D == 0 || N == 0) return;
     const int64_t stride = arguments.rows("residual", residual).stride;
     const DeviceScope device(residual);

@@ -8,7 +8,6 @@
 namespace {
 
 constexpr int width = skinny::rows / 2;  // columns of a block
-constexpr int max_experts = 32;          // of a token
 
 template <class T>
 struct Params {
@@ -106,9 +105,9 @@ Tensor experts_swiglu(const Tensor& x, const Tensor& weight, const Tensor& indic
     if (arguments["features"] % 2)
         arguments.fail("weight has ", arguments["features"], " rows, but must have 2F, gate and up");
     skinny::check_sizes(arguments, T, D, F);
-    if (N > E || N > max_experts)
+    if (N > E || N > skinny::max_choices)
         arguments.fail("N, the experts of a token, are ", N, ", but must be at most ",
-                       std::min<int64_t>(E, max_experts));
+                       std::min<int64_t>(E, skinny::max_choices));
 
     Tensor out = torch::stable::new_empty(x, {T, N, F});
     if (out.numel() == 0) return out;

@@ -21,9 +21,7 @@ void linear_add_(Tensor residual, const Tensor& x, const Tensor& weight, const s
                  bool early) {
     Arguments arguments("linear_add_");
     arguments.tensor("residual", residual, {"T", "F"});
-    arguments.tensor("x", x, {"T", "D"});
-    arguments.tensor("weight", weight, {"F", "D"});
-    if (bias) arguments.tensor("bias", *bias, {"F"});
+    skinny::check_tensors(arguments, x, std::nullopt, weight, bias, "F");
     const int64_t T = arguments["T"], F = arguments["F"];
     skinny::check_sizes(arguments, T, arguments["D"], F);
     if (T == 0 || F == 0) return;

@@ -35,9 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_gate(const Tensor& x, const Tensor& norm
                                              const std::optional<std::vector<int64_t>>& groups, bool renormalize,
                                              double scale, const std::optional<Tensor>& counters, bool early) {
     Arguments arguments("norm_gate");
-    arguments.tensor("x", x, {"T", "D"});
-    arguments.tensor("norm_weight", norm_weight, {"D"});
-    arguments.tensor("weight", weight, {"E", "D"});
+    skinny::check_tensors(arguments, x, norm_weight, weight, std::nullopt, "E");
     if (bias) arguments.tensor("bias", *bias, ScalarType::Float, {"E"});
     if (counters) arguments.tensor("counters", *counters, ScalarType::Int, {"C"});
     const int64_t T = arguments["T"], D = arguments["D"], E = arguments["E"];

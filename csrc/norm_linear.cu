@@ -18,10 +18,7 @@ struct Store {
 Tensor norm_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, double eps, const Tensor& weight,
                    const std::optional<Tensor>& bias, bool early) {
     Arguments arguments("norm_linear");
-    arguments.tensor("x", x, {"T", "D"});
-    if (norm_weight) arguments.tensor("norm_weight", *norm_weight, {"D"});
-    arguments.tensor("weight", weight, {"F", "D"});
-    if (bias) arguments.tensor("bias", *bias, {"F"});
+    skinny::check_tensors(arguments, x, norm_weight, weight, bias, "F");
     const int64_t T = arguments["T"], F = arguments["F"];
     skinny::check_sizes(arguments, T, arguments["D"], F);
 

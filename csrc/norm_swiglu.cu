@@ -20,10 +20,7 @@ struct Gate {
 Tensor norm_swiglu(const Tensor& x, const std::optional<Tensor>& norm_weight, double eps, const Tensor& weight,
                    const std::optional<Tensor>& bias, bool early) {
     Arguments arguments("norm_swiglu");
-    arguments.tensor("x", x, {"T", "D"});
-    if (norm_weight) arguments.tensor("norm_weight", *norm_weight, {"D"});
-    arguments.tensor("weight", weight, {"features", "D"});
-    if (bias) arguments.tensor("bias", *bias, {"features"});
+    skinny::check_tensors(arguments, x, norm_weight, weight, bias, "features");
     const int64_t T = arguments["T"], F = arguments["features"] / 2;
     if (arguments["features"] % 2)
         arguments.fail("weight has ", arguments["features"], " rows, but must have 2F, gate and up");

@@ -368,8 +368,12 @@ Problem<T> make_problem(const Arguments& arguments, const Tensor& q, const Tenso
     return p;
 }
 
+inline void check_window(const Arguments& arguments, std::optional<int64_t> window) {
+    if (window && *window < 1) arguments.fail("window is ", *window, ", but must be at least 1 (or None)");
+}
+
 inline void check_heads(const Arguments& arguments, std::optional<int64_t> window) {
     const int64_t H = arguments["H"], G = arguments["G"];
     if (G == 0 || H % G != 0) arguments.fail("q has H = ", H, " heads, but must have a multiple of the keys' G = ", G);
-    if (window && *window < 1) arguments.fail("window is ", *window, ", but must be at least 1 (or None)");
+    check_window(arguments, window);
 }

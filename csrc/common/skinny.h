@@ -18,7 +18,9 @@
 
 namespace skinny {
 
-constexpr int max_tokens = 16, warps = 8, threads = warps * 32;
+constexpr int max_tokens = 16;
+constexpr int max_choices = 32;  // experts of a token
+constexpr int warps = 8, threads = warps * 32;
 constexpr int rows = 16;               // of the weight, of a block
 constexpr int chunk = 32;              // features of one row that four threads have, 8 each
 constexpr int depth = 8;               // chunks of a warp on their way
@@ -243,8 +245,16 @@ void run(const Product<T>& p, const Finish& finish, cudaStream_t stream) {
     });
 }
 
-// What the ops' arguments must be: checks them and gives the product. x [T, D], weight [F, D] ([2F, D] of gated
-// results).
+// Checks the tensors of a product; `rows` names those of the weight.
+inline void check_tensors(Arguments& arguments, const Tensor& x, const std::optional<Tensor>& norm_weight,
+                          const Tensor& weight, const std::optional<Tensor>& bias, const char* rows) {
+    arguments.tensor("x", x, {"T", "D"});
+    if (norm_weight) arguments.tensor("norm_weight", *norm_weight, {"D"});
+    arguments.tensor("weight", weight, {rows, "D"});
+    if (bias) arguments.tensor("bias", *bias, {rows});
+}
+
+// The product of checked tensors: x [T, D], weight [F, D] ([2F, D] of gated results).
 template <class T>
 Product<T> product(const Arguments& arguments, const Tensor& x, const std::optional<Tensor>& norm_weight, double eps,
                    const Tensor& weight, bool gated, bool early) {

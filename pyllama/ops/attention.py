@@ -101,5 +101,9 @@ def joined(sequences: list[Tensor], q_THK: Tensor, V: int) -> Tensor:
 def check_heads(op: str, H: int, G: int, window: int | None) -> None:
     if H % G:
         raise ValueError(f"{op}: q has H = {H} heads, but must have a multiple of the keys' G = {G}")
+    check_window(op, window)
+
+
+def check_window(op: str, window: int | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"{op}: window is {window}, but must be at least 1 (or None)")

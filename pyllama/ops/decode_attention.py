@@ -5,7 +5,7 @@ B sequences, H query heads, G key/value heads, K head size, P cache pages, S pag
 
 from torch import Tensor
 
-from pyllama.ops.attention import check_heads
+from pyllama.ops.attention import check_window
 from pyllama.ops.checks import cached_lengths
 from pyllama.ops.norm_rope_store import turn_and_store
 from pyllama.ops.paged_attention import attend_pages
@@ -51,9 +51,9 @@ def decode_attention_(
     the end; None makes them, at the cost of another launch. For inference: raises RuntimeError where a gradient would
     be due, ValueError for shapes or lengths that do not fit.
     """
-    _, _, G, S, K = kv_cache.shape
+    S, K = kv_cache.shape[3:]
     lengths = cached_lengths("decode_attention_", seq_lens, block_table.shape[1], S)
-    check_heads("decode_attention_", G, G, window)
+    check_window("decode_attention_", window)
     pages = block_table.tolist()
     slots = [row[(n - 1) // S] * S + (n - 1) % S if n else -1 for row, n in zip(pages, lengths, strict=True)]
     H = turn_and_store(

@@ -29,4 +29,9 @@ def norm_linear(
     is; sums are in float32 or wider. early: the kernel may read weights while the kernel ahead in the stream still
     runs, so that must not be one that writes them. Raises ValueError for shapes or data types that do not fit.
     """
+    return of_normalised(x, norm_weight, eps, weight, bias)
+
+
+def of_normalised(x: Tensor, norm_weight: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`norm_linear` as a plain function, for other ops' bodies."""
     return product(x if norm_weight is None else normalised(x, norm_weight, eps), weight, bias)

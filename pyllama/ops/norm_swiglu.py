@@ -3,9 +3,8 @@ size."""
 
 from torch import Tensor
 
-from pyllama.ops.product import product
+from pyllama.ops.norm_linear import of_normalised
 from pyllama.ops.registry import op
-from pyllama.ops.rms_norm import normalised
 from pyllama.ops.swiglu import silu_gate
 
 
@@ -31,4 +30,4 @@ def norm_swiglu(
     """
     if weight.shape[0] % 2:
         raise ValueError(f"norm_swiglu: weight has {weight.shape[0]} rows, but must have 2F, gate and up")
-    return silu_gate(product(x if norm_weight is None else normalised(x, norm_weight, eps), weight, bias))
+    return silu_gate(of_normalised(x, norm_weight, eps, weight, bias))
