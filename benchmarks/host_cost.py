@@ -3,9 +3,10 @@
     python -m benchmarks.host_cost [--config tests/configs/Llama-3.2-1B-Instruct] [--output benchmarks/results]
 
 The embedded model, or a random one of a real one's size, streams from prompts of 16 tokens; medians over steps.
-step: from one step to the next. model, sampling: inside `Model.run` and `Sampler.choose`, which graphs replace.
-waiting: for the device. host: the rest of the step. device (GPU only): from event to event around a step's work, where
-so many steps are ahead that the device never waits for the host: the least that a step can take.
+step: from one step to the next. model, sampling: inside `Model.run` and `Sampler.choose`, or `Model.run_greedily`
+alone, which graphs replace. waiting: for the device. host: the rest of the step. device (GPU only): from event to event
+around a step's work, where so many steps are ahead that the device never waits for the host: the least that a step can
+take.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from pyllama.step import Decoding
 
 PROMPT_TOKENS = 16
 WARM_UP = 8  # steps that load kernels and are captured
-TIMED = {"model": (Model, "run"), "sampling": (Sampler, "choose"), "waiting": (torch.cuda.Event, "synchronize")}
+TIMED = {
+    "model": ((Model, "run"), (Model, "run_greedily")),
+    "sampling": ((Sampler, "choose"),),
+    "waiting": ((torch.cuda.Event, "synchronize"),),
+}
 SAMPLING: dict[str, dict[str, Any]] = {"greedy": {}, "top-p": {"temperature": 0.8, "top_p": 0.95, "seed": 0}}
 
 
@@ -72,7 +77,7 @@ def host_microseconds(write: Callable[[], object]) -> dict[str, float]:
         return call
 
     with ExitStack() as stack:
-        for name, (owner, attribute) in TIMED.items():
+        for name, owner, attribute in ((name, *one) for name, timed_ones in TIMED.items() for one in timed_ones):
             stack.enter_context(replaced(owner, attribute, partial(timed, name)))
         stack.enter_context(replaced(Decoding, "step", noted))
         write()

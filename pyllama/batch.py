@@ -25,8 +25,8 @@ class Packed:
     lengths: Tensor  # int32 [T], of each token's sequence, all that is known of it: LongRoPE depends on it
     max_seqlen: int  # tokens of the longest sequence in this pass
     max_positions: int  # no position is this large; a shape or a host value, never read from the device
-    # int32 zeros, in which kernels count their blocks, and zeros again after each: one for every sequence and
-    # key/value head; None: they make their own, at the cost of another launch.
+    # int32 zeros, in which kernels count their blocks, and zeros again after each: for every sequence one for each
+    # key/value head, but at least 3; None: they make their own, at the cost of another launch.
     counters: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod

@@ -13,7 +13,7 @@ from pyllama.cache import PagedCache
 from pyllama.config import ModelConfig, MoEConfig, RopeConfig
 from pyllama.layers.ffn import Routing
 from pyllama.layers.layer import Layer
-from pyllama.layers.linear import Linear, normed_product
+from pyllama.layers.linear import Linear, normed_argmax_, normed_product
 from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import Rotation, cos_sin_table, table_rows
 from pyllama.ops.embedding import embedding
@@ -94,6 +94,11 @@ class Model(nn.Module):
         one_each = batch.max_seqlen == 1 and len(x_TD) == len(batch.seq_lens)
         return self._logits(x_TD if one_each else x_TD[batch.cu_seqlens[1:] - 1])
 
+    def run_greedily(self, token_ids: Tensor, batch: Batch, cache: PagedCache) -> None:
+        """Computes one new token of each cached sequence, int64 [B], which its likeliest next one replaces in place."""
+        x_BD, _ = self._hidden(token_ids, batch, cache)
+        normed_argmax_(token_ids, x_BD, self.norm, self._head_weight, batch.counters)
+
     def _hidden(
         self, token_ids: Tensor, batch: Packed, cache: PagedCache | None, routed: bool = False
     ) -> tuple[Tensor, list[Routing]]:
@@ -108,8 +113,12 @@ class Model(nn.Module):
                 routings.append(routing)
         return x_TD, routings
 
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def _logits(self, x_TD: Tensor) -> Tensor:
-        return normed_product(x_TD, self.norm, self.embedding.weight if self.head is None else self.head.weight)
+        return normed_product(x_TD, self.norm, self._head_weight)
 
     def _rotation(self, rope: RopeConfig | None, batch: Packed) -> Rotation | None:
         """With a table of at least the batch's positions: a power of two, so that it seldom grows."""

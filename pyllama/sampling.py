@@ -141,7 +141,7 @@ class Sampler:
         def full(value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((batch,), value, dtype=dtype, device=device)
 
-        self._greedy = params.temperature == 0 and not params.penalized
+        self.greedy = params.temperature == 0 and not params.penalized  # the choice is the argmax of logits
         self._state = {
             "temperature": full(params.temperature, torch.float32),
             "top_k": full(min(params.top_k or 0, vocab_size), torch.int32),
@@ -164,7 +164,7 @@ class Sampler:
 
     def choose(self, logits_BV: Tensor) -> Tensor:
         """int64 [B]: the next token of each sequence."""
-        if self._greedy:  # what the op gives at temperature 0, without its other work
+        if self.greedy:  # what the op gives at temperature 0, without its other work
             return logits_BV.argmax(dim=-1)
         tokens_B: Tensor = sample(logits_BV, **self._state)
         self._state["step"] += 1

@@ -118,14 +118,20 @@ class Decoding:
             results = self._choose(logits_BV)
         else:
             self._rotate_anew()
-            logits_BV = self._run("forward", partial(self._context.extend, self._tokens_B))
-            results = self._run("sampling", partial(self._choose, logits_BV))
-        ready = None
-        if self._on_gpu:  # the copies go to pinned memory, and nobody waits for them here
-            results = tuple(result.to("cpu", non_blocking=True) for result in results)
-            ready = torch.cuda.current_stream(self._device).record_event()
+            results = self._next()
+        # Copies, as the next step writes where these are; from a GPU to pinned memory, and nobody waits for them here.
+        results = tuple(result.to("cpu", non_blocking=True, copy=True) for result in results)
+        ready = torch.cuda.current_stream(self._device).record_event() if self._on_gpu else None
         self._in_flight.append(_InFlight(self._batch, results, ready))
         self._steps += 1
+
+    def _next(self) -> tuple[Tensor, ...]:
+        """What `_choose` gives, for the sequences with one more token."""
+        if self._sampler.greedy and self._logprobs is None:
+            self._run("greedy", partial(self._context.extend_greedily, self._tokens_B))
+            return (self._tokens_B,)
+        logits_BV = self._run("forward", partial(self._context.extend, self._tokens_B))
+        return self._run("sampling", partial(self._choose, logits_BV))
 
     def _choose(self, logits_BV: Tensor) -> tuple[Tensor, ...]:
         """The next tokens [B], also put where the next pass reads them, and what `logprobs_of` gives, if wanted."""
@@ -192,6 +198,10 @@ class Context(Protocol):
         """Logits [B, V] after one more token (int64) of each sequence."""
         ...
 
+    def extend_greedily(self, tokens_B: Tensor) -> None:
+        """Replaces each sequence's token by the likeliest next one, in place."""
+        ...
+
     def compute_again(self, places: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
         """Computes these sequences once more, for their next token's sake."""
         ...
@@ -244,7 +254,7 @@ class CachedContext:
             block_table=torch.tensor(table, dtype=torch.int32, device=model.device),
             slots=torch.empty_like(seq_lens_B),
             page_size=PAGE_SIZE,
-            counters=torch.zeros(places * kv_heads, dtype=torch.int32, device=model.device),
+            counters=torch.zeros(places * max(kv_heads, 3), dtype=torch.int32, device=model.device),
         )
 
     def prefill(self) -> Tensor:
@@ -255,11 +265,22 @@ class CachedContext:
         return logits.index_select(0, prompt_B.clamp_(max=len(logits) - 1))
 
     def extend(self, tokens_B: Tensor) -> Tensor:
+        logits_BV = self._model.run(tokens_B, self._advanced(), self._cache)
+        self._hold_tables()
+        return logits_BV
+
+    def extend_greedily(self, tokens_B: Tensor) -> None:
+        self._model.run_greedily(tokens_B, self._advanced(), self._cache)
+        self._hold_tables()
+
+    def _advanced(self) -> Batch:
+        """The batch, with one more token of each sequence."""
         batch = self._batch
         advance_(batch.positions, batch.seq_lens, batch.slots, batch.block_table, PAGE_SIZE)
-        logits_BV = self._model.run(tokens_B, batch, self._cache)
+        return batch
+
+    def _hold_tables(self) -> None:
         self._rope_tables = self._model._tables.copy()  # a graph reads them, when the model may have longer ones
-        return logits_BV
 
     def compute_again(self, places: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
         self._compute(texts, self._batch.block_table[list(places)], [len(text) + 1 for text in texts])
@@ -320,6 +341,9 @@ class WholeContext:
     def extend(self, tokens_B: Tensor) -> Tensor:
         self._tokens = [torch.cat(pair) for pair in zip(self._tokens, tokens_B[:, None], strict=True)]
         return self.prefill()
+
+    def extend_greedily(self, tokens_B: Tensor) -> None:
+        tokens_B.copy_(self.extend(tokens_B).argmax(dim=-1))
 
     def compute_again(self, places: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
         """Nothing: every step does."""

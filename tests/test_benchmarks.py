@@ -99,6 +99,8 @@ def test_unknown_ops_are_named() -> None:
         ),
         # a weight of 8 x 4, a norm of 4, tokens of 4, results of 8
         ("norm_linear", {"T": 2, "D": 4, "F": 8}, Work(2 * (32 + 4 + 2 * 12), 2 * 2 * 32, "read")),
+        # and of a vocabulary of 8 one number a token
+        ("norm_argmax", {"T": 2, "D": 4, "V": 8}, Work(2 * (32 + 4 + 2 * 4) + 2 * 8, 2 * 2 * 32, "read")),
         # gate and up of 8 x 4 each
         ("norm_swiglu", {"T": 2, "D": 4, "F": 8}, Work(2 * (64 + 4 + 2 * 12), 2 * 2 * 64, "read")),
         # the residual stream of 8 is read and written
@@ -173,6 +175,7 @@ def test_routers_are_judged_by_their_experts_and_weights(router: dict[str, int],
 EXPERTS = {"T": 5, "N": 2, "E": 4, "D": 64, "F": 32}
 FEW = {  # sizes that are quick in emulation
     "norm_linear": {"T": 4, "D": 64, "F": 32},
+    "norm_argmax": {"T": 4, "D": 64, "V": 40},
     "norm_swiglu": {"T": 9, "D": 64, "F": 32},
     "linear_add": {"T": 4, "D": 64, "F": 32},
     "norm_gate": {"T": 3, "D": 64, "E": 16, "N": 2, **ROUTERS["sigmoid-groups"], "top": 2},

@@ -70,6 +70,8 @@ TABLE = [
     Row(r"skinny::kernel<.*>", 128, 0, f"{SKINNY} LDG.16 STG.16 STG.128"),
     Row(r"norm_gate::norm_gate_kernel<float, .*>", 128, 1024, "LDG.32 STG.32 ATOMG BAR"),
     Row(r"norm_gate::norm_gate_kernel<.*>", 128, 1024, f"{SKINNY} LDG.32 STG.32 STG.128 ATOMG"),
+    Row(r"norm_argmax::norm_argmax_kernel<float, .*>", 80, 2048, "LDG.32 STG.32 STG.64 ATOMG BAR"),
+    Row(r"norm_argmax::norm_argmax_kernel<.*>", 128, 2048, f"{SKINNY} STG.64 STG.128 ATOMG"),
     Row(r"experts_swiglu::experts_swiglu_plain", 80, 0, "LDG.32 STG.32"),
     Row(r"experts_swiglu::experts_swiglu_kernel<.*>", 128, 1024, f"{SKINNY} LDG.32 STG.16"),
     Row(r"experts_add::experts_add_plain", 64, 1024, "LDG.32 STG.32 BAR"),
@@ -144,7 +146,8 @@ def instruction(opcode: str) -> str | None:
     if kind.endswith("MMA"):
         return ".".join([kind, *rest[:2]])
     if kind in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG"):
-        return "ATOMIC.FLOAT" if any(re.match(r"B?F\d", part) for part in rest) else kind
+        without_result = {"RED": "ATOMG", "REDG": "ATOMG"}
+        return "ATOMIC.FLOAT" if any(re.match(r"B?F\d", part) for part in rest) else without_result.get(kind, kind)
     if re.fullmatch(r"D(ADD|MUL|FMA|SETP|MNMX)", kind) or "F64" in rest:
         return "F64"
     return kind if kind in ("BAR", "LDL", "STL") else None
@@ -247,7 +250,11 @@ def test_no_forbidden_instruction(kernels: list[Kernel]) -> None:
 
 def test_weights_are_on_their_way_before_the_wait(kernels: list[Kernel]) -> None:
     """All that a thread of a product of few tokens has room for: 256 bytes, of a block's two on a multiprocessor."""
-    skinny = [k for k in kernels if re.match(r"(skinny::kernel|norm_gate::norm_gate_kernel)<__", k.name)]
+    skinny = [
+        k
+        for k in kernels
+        if re.match(r"(skinny::kernel|norm_gate::norm_gate_kernel|norm_argmax::norm_argmax_kernel)<__", k.name)
+    ]
     overlapping = [k for k in skinny if k.architecture == "sm_90a"]
     assert overlapping
     expect_none(f"{kernel}: {kernel.early} loads of 16 bytes, not 16" for kernel in overlapping if kernel.early != 16)

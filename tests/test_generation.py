@@ -243,14 +243,14 @@ def test_streams_add_up_to_completions(model: Model, options: dict[str, Any]) ->
 def test_a_stream_comes_token_by_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is computed ahead of what is asked for."""
     runs = 0
-    run = Model.run
+    run = Model._hidden
 
-    def counted(*args: Any) -> torch.Tensor:
+    def counted(*args: Any) -> Any:
         nonlocal runs
         runs += 1
         return run(*args)
 
-    monkeypatch.setattr(Model, "run", counted)
+    monkeypatch.setattr(Model, "_hidden", counted)
     for tokens, _ in enumerate(stream(model, "The quick", 6, ignore_eos=True), start=1):
         assert runs == tokens
     assert runs == 6
@@ -270,14 +270,14 @@ def test_leaving_a_stream_early_frees_everything(model: Model) -> None:
 
 def test_an_interrupted_call_leaves_the_model_usable(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(model, "The quick", 10).token_ids
-    run, calls = Model.run, itertools.count()
+    run, calls = Model._hidden, itertools.count()
 
-    def interrupted(*args: Any) -> torch.Tensor:
+    def interrupted(*args: Any) -> Any:
         if next(calls) == 4:
             raise KeyboardInterrupt
         return run(*args)
 
-    monkeypatch.setattr(Model, "run", interrupted)
+    monkeypatch.setattr(Model, "_hidden", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(model, "The quick", 10)
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -136,12 +136,13 @@ def test_a_batch_that_loses_members(options: dict[str, Any], any_model: Model, w
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 7, 8])
-def test_replays_equal_eager_steps(sequences: int, any_model: Model, way: Way) -> None:
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 5, "logprobs": 3}], ids=["greedy", "drawn"])
+def test_replays_equal_eager_steps(options: dict[str, Any], sequences: int, any_model: Model, way: Way) -> None:
     """Bit for bit, over a page's end, where no place is unused."""
     model = copy.deepcopy(any_model).to(way.device)
     prompts = prompts_of(V, *range(PAGE_SIZE - 4, PAGE_SIZE - 4 + sequences))
     rooms = [10] * sequences
-    params = SamplingParams(temperature=0.7, seed=5, logprobs=3)
+    params = SamplingParams(**options)
     plain = Decoding(model, prompts, rooms, params, ahead=0, graphs=False)
     assert written(way.decoding(model, prompts, rooms, params), rooms) == written(plain, rooms)
 
@@ -213,13 +214,16 @@ def test_streams_give_the_same_chunks_in_the_same_order(
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The new tokens of each pass that the model was asked for."""
     asked: list[int] = []
-    run = Model.run
 
-    def counted(self: Model, token_ids: torch.Tensor, *args: Any) -> torch.Tensor:
-        asked.append(len(token_ids))
-        return run(self, token_ids, *args)
+    def counted(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Model, token_ids: torch.Tensor, *args: Any) -> Any:
+            asked.append(len(token_ids))
+            return run(self, token_ids, *args)
 
-    monkeypatch.setattr(Model, "run", counted)
+        return call
+
+    for run in (Model.run, Model.run_greedily):
+        monkeypatch.setattr(Model, run.__name__, counted(run))
     return asked
 
 

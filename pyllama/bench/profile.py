@@ -24,7 +24,9 @@ SMALL = 0.001  # kernels of less than this share of the step are one line of the
 # Ops that read the whole of every tensor they are given, so that their inputs' shapes say how many bytes. Of other
 # ops' inputs (caches, experts, an embedding) it depends on values what is read.
 PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"})
-OF_FEW_TOKENS = frozenset(f"pyllama::{op}" for op in ("norm_linear", "norm_swiglu", "linear_add_", "norm_gate"))
+OF_FEW_TOKENS = frozenset(
+    f"pyllama::{op}" for op in ("norm_linear", "norm_swiglu", "linear_add_", "norm_gate", "norm_argmax_")
+)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyllama.layers.norm import RMSNorm
 from pyllama.ops.linear_add import linear_add_
+from pyllama.ops.norm_argmax import norm_argmax_
 from pyllama.ops.norm_linear import norm_linear
 from pyllama.ops.norm_swiglu import norm_swiglu
 from pyllama.ops.product import add_product_, product
@@ -30,6 +31,16 @@ def normed_product(x_TD: Tensor, norm: RMSNorm | None, weight_FD: Tensor, bias_F
     if few(x_TD):
         return norm_linear(x_TD, *_norm(norm), weight_FD, bias_F, early=True)
     return product(x_TD if norm is None else norm(x_TD), weight_FD, bias_F)
+
+
+def normed_argmax_(
+    tokens_T: Tensor, x_TD: Tensor, norm: RMSNorm | None, weight_VD: Tensor, counters: Tensor | None = None
+) -> None:
+    """tokens = the argmax of norm(x) @ weight.T, in place; for inference. counters: see `norm_argmax_`."""
+    if few(x_TD):
+        norm_argmax_(tokens_T, x_TD, *_norm(norm), weight_VD, counters, early=True)
+    else:
+        tokens_T.copy_(normed_product(x_TD, norm, weight_VD).argmax(dim=-1))
 
 
 class Linear(nn.Linear):

@@ -2,8 +2,8 @@
 
 A specification such as `"int32: B max_pages"` is an optional dtype and the names of the dimensions. A name is bound by
 the first tensor that has it and compared in the others; `B+1` is one more than `B`, a number is itself, and a leading
-`...` is any number of further dimensions. Without a dtype the first tensor may have any floating-point one and the
-others must have the same; `float:` is any floating-point dtype of its own.
+`...` is any number of further dimensions. The first tensor without a dtype may have any floating-point one and the
+others without must have the same; `float:` is any floating-point dtype of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DTYPES = {"bool": torch.bool, "int32": torch.int32, "int64": torch.int64, "floa
 
 class _Spec(NamedTuple):
     name: str
-    dtype: torch.dtype | str | None  # None: the first tensor's
+    dtype: torch.dtype | str | None  # None: that of the first tensor without one
     dims: tuple[str, ...]  # less a leading "...", less "+1"
     offsets: tuple[int, ...] | None  # what each dimension is more than its name; None: all 0
     leading: bool  # with a leading "..."
@@ -35,22 +35,25 @@ def argument_check(op: str, names: Sequence[str], specs: dict[str, str]) -> Call
     trailing ones may be missing. It reads shapes, dtypes and devices, never values, so it works on fake tensors.
     """
     first_name = next(name for name in names if name in specs)
-    table = [_parse(name, specs[name], name == first_name) if name in specs else None for name in names]
+    leader = next((name for name in names if name in specs and ":" not in specs[name]), None)  # in the data type
+    table = [_parse(name, specs[name], name == leader) if name in specs else None for name in names]
     numbers = {dim: int(dim) for spec in table if spec for dim in spec.dims if dim.isdigit()}
 
     def check(args: Sequence[Any]) -> None:
         sizes: dict[str, Any] = numbers.copy()
-        first = device = None
+        common = device = None
         for spec, arg in zip(table, args):  # noqa: B905  trailing arguments may be missing
             if spec is None or arg is None:
                 continue
             name, dtype, dims, offsets, leading, text = spec
-            if first is None:
-                first, device = arg.dtype, arg.device
+            if device is None:
+                device = arg.device
             elif arg.device != device:
                 raise ValueError(f"{op}: {name} is on {arg.device}, but {first_name} is on {device}")
-            if arg.dtype is not (dtype or first) and not (dtype is _ANY_FLOAT and arg.is_floating_point()):
-                wanted = dtype or f"{first}, the dtype of {first_name}"
+            if name is leader:
+                common = arg.dtype
+            if arg.dtype is not (dtype or common) and not (dtype is _ANY_FLOAT and arg.is_floating_point()):
+                wanted = dtype or f"{common}, the dtype of {leader}"
                 raise ValueError(f"{op}: {name} must have {wanted}, but has {arg.dtype}")
             shape = arg.shape
             if leading:
@@ -103,7 +106,7 @@ def cached_lengths(op: str, seq_lens: Tensor, max_pages: int, page_size: int) ->
     return lengths
 
 
-def _parse(name: str, text: str, first: bool) -> _Spec:
+def _parse(name: str, text: str, leader: bool) -> _Spec:
     dtype, _, shape = text.rpartition(":")
     dims = shape.split()
     leading = dims[0] == "..."
@@ -111,7 +114,7 @@ def _parse(name: str, text: str, first: bool) -> _Spec:
     offsets = tuple(int(offset or 0) for _, _, offset in pairs)
     return _Spec(
         name,
-        _DTYPES.get(dtype, _ANY_FLOAT) if dtype or first else None,
+        _DTYPES.get(dtype, _ANY_FLOAT) if dtype or leader else None,
         tuple(symbol for symbol, _, _ in pairs),
         offsets if any(offsets) else None,
         leading,

@@ -26,8 +26,8 @@ from pyllama.sampling import Sampler, SamplingParams
 DTYPES = (torch.float32, torch.bfloat16)
 # Those of a step of decoding, and `attention`, which shares kernels. All others wait for the end of what is ahead.
 CHAIN = {"embedding", "advance_", "decode_attention_", "norm_rope_store_", "paged_attention", "attention", "sample"}
-CHAIN |= {"norm_linear", "norm_swiglu", "linear_add_", "norm_gate", "experts_swiglu", "experts_add_"}
-CHAIN |= {"mla_rope_store_", "mla_paged_attention"}
+CHAIN |= {"norm_linear", "norm_swiglu", "linear_add_", "norm_gate", "norm_argmax_", "experts_swiglu"}
+CHAIN |= {"experts_add_", "mla_rope_store_", "mla_paged_attention"}
 WEIGHTS = {"weight", "norm_weight", "bias"}  # what an op may read early where its caller says so
 
 
@@ -78,7 +78,7 @@ MODELS = {
 
 @torch.inference_mode()
 def decode(model: Model, steps: int) -> list[Tensor]:
-    """Logits and tokens of some steps of three sequences, one of which needs a second page."""
+    """Logits and tokens of some steps of three sequences, one of which needs a second page; the last is greedy."""
     torch.manual_seed(1)
     cache = PagedCache(model.config, 6, model.device, model.dtype)
     block_table = torch.tensor([[4, 0], [1, 5], [2, 3]], dtype=torch.int32)
@@ -94,14 +94,17 @@ def decode(model: Model, steps: int) -> list[Tensor]:
         model.device,
     )
     batch = Batch.from_lengths([1] * 3, lengths, block_table, PAGE_SIZE)
-    batch = replace(batch, counters=torch.zeros(3 * 2, dtype=torch.int32))
+    batch = replace(batch, counters=torch.zeros(3 * 3, dtype=torch.int32))
     made = []
     for _ in range(steps):
         tokens = sampler.choose(logits)
         advance_(batch.positions, batch.seq_lens, batch.slots, block_table, PAGE_SIZE)
         logits = model.run(tokens, batch, cache)
         made += [tokens, logits]
-    return made
+    tokens = sampler.choose(logits)
+    advance_(batch.positions, batch.seq_lens, batch.slots, block_table, PAGE_SIZE)
+    model.run_greedily(tokens, batch, cache)
+    return [*made, tokens]
 
 
 @pytest.mark.parametrize("layers", MODELS.values(), ids=MODELS)
