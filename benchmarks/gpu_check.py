@@ -181,6 +181,9 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
         for name, options in {"host-cost": (), "host-cost-1B": ("--config", TESTS / "configs" / HOST_COST)}.items():
             command = [python, "-m", "benchmarks.host_cost", *options, "--output", out]
             yield Step(name, command, by_status, "host_cost.jsonl")
+        for name, options in {"choices-1B": (HOST_COST,), "choices-A3B": ("Qwen3-30B-A3B", "--layers", "4")}.items():
+            command = [python, "-m", "benchmarks.choices", "--config", TESTS / "configs" / options[0], *options[1:]]
+            yield Step(name, [*command, "--output", out], by_status, "choices.jsonl")
         rows = "model_check.jsonl"
         for name, options in MODELS.items():
             command = [python, "-m", "benchmarks.model_check", "--config", TESTS / "configs" / name, *options]

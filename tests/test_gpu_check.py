@@ -9,20 +9,24 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 import torch
 from emulated import EMULATOR
 from tiny import CONFIG
 
+import pyllama
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
 
-from benchmarks import gpu_check, host_cost  # noqa: E402
+from benchmarks import choices, gpu_check, host_cost  # noqa: E402
 from benchmarks.bench import benches  # noqa: E402
 from benchmarks.model_check import compare, cut_down, random_model  # noqa: E402
 from pyllama.architectures import read_config  # noqa: E402
 from pyllama.config import MLPConfig, ModelConfig, MoEConfig  # noqa: E402
+from pyllama.layers import attention, linear  # noqa: E402
 
 TINY = CONFIG | {"tie_word_embeddings": True}
 
@@ -159,6 +163,27 @@ def test_what_a_step_costs_the_host(tiny: ModelConfig) -> None:
         assert 0 < figures["host"] < figures["step"]
     timed = [one for every in host_cost.TIMED.values() for one in every]
     assert all(getattr(owner, name).__qualname__.startswith(owner.__name__) for owner, name in timed)
+
+
+def test_choices_are_ways_to_the_same_tokens(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them stays replaced."""
+    model, prompts = random_model(tiny, "cpu", torch.float32), [[5, 6, 7], [8, 9]]
+    decode, given = attention.decode_attention_, set()
+
+    def watched(*args: Any, **options: Any) -> None:
+        given.add((linear.few(args[0]), options.get("prefetch") is not None))
+        decode(*args, **options)
+
+    monkeypatch.setattr(attention, "decode_attention_", watched)
+    written = []
+    for name, choice in choices.CHOICES.items():
+        given.clear()
+        with choice():
+            written.append([out.token_ids for out in pyllama.generate(model, prompts, 6, ignore_eos=True)])
+        assert given == {(name != "products", name != "no prefetch")}
+    assert written == written[:1] * 3
+    assert attention.decode_attention_ is watched
+    assert all(us > 0 for us in choices.measure(model, 2, 4).values())
 
 
 def test_everything_is_measured() -> None:

@@ -80,7 +80,8 @@ __device__ inline void store_vector(void* p, float4 v) {
 }
 // What was computed from v before is computed again where it is needed after, instead of taking registers in between.
 __device__ inline void forget_derived(uint4& v) { PTX(("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)), (void)v); }
-__device__ inline void prefetch_l2(const void* p) { PTX(("prefetch.global.L2 [%0];" ::"l"(p)), (void)p); }
+// The line of the L2 cache that has this address.
+__device__ inline void prefetch_l2(const void* p) { PTX(("prefetch.global.L2 [%0];" ::"l"(p)), emu::prefetch(p)); }
 
 // Hides from the compiler what it knows of x: what follows from x is computed again, not kept in registers.
 __device__ inline void forget(int& x) { PTX(("" : "+r"(x)), (void)x); }

@@ -37,6 +37,10 @@ class MLP(nn.Module):
         self.gate_up = Linear(hidden_size, 2 * config.size, bias=config.bias)
         self.down = Linear(config.size, hidden_size, bias=config.bias)
 
+    @property
+    def first_weight(self) -> Tensor:
+        return self.gate_up.weight
+
     def forward(
         self, x_TD: Tensor, norm: RMSNorm | None, routed: bool = False, counters: Tensor | None = None
     ) -> tuple[Tensor, None]:
@@ -59,6 +63,10 @@ class MoE(nn.Module):
         self.correction_bias = nn.Parameter(bias, requires_grad=False) if config.correction_bias else None
         self.shared = MLP(config.shared, hidden_size) if config.shared is not None else None
         self.shared_gate = Linear(hidden_size, 1, bias=False) if config.shared_gate else None
+
+    @property
+    def first_weight(self) -> Tensor:
+        return self.router.weight
 
     def forward(
         self, x_TD: Tensor, norm: RMSNorm, routed: bool = False, counters: Tensor | None = None
@@ -84,9 +92,10 @@ class MoE(nn.Module):
         normed_TD, weights_TN, experts_TN = norm_gate(
             x_TD, norm.weight, norm.eps, self.router.weight, **self._routing, counters=counters, early=True
         )
+        x_TD = self._add_shared(x_TD, normed_TD)  # first, as its weights are known while the choice is made
         hidden = experts_swiglu(normed_TD, self.gate_up, experts_TN)
         experts_add_(x_TD, hidden, self.down, experts_TN, weights_TN)
-        return self._add_shared(x_TD, normed_TD)
+        return x_TD
 
     @property
     def _routing(self) -> dict[str, Any]:

@@ -41,9 +41,16 @@ class MLA(nn.Module):
         self.out = Linear(config.num_heads * config.v_dim, hidden_size, bias=config.bias)
 
     def forward(
-        self, x_TD: Tensor, norm: RMSNorm, batch: Packed, rotation: Rotation | None, kv_cache: Tensor | None
+        self,
+        x_TD: Tensor,
+        norm: RMSNorm,
+        batch: Packed,
+        rotation: Rotation | None,
+        kv_cache: Tensor | None,
+        next_weight: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream x with the layer's result added; norm: what comes first."""
+        """The residual stream x with the layer's result added; norm: what comes first; next_weight: unused, since
+        products of this layer follow its attention."""
         assert rotation is not None  # MLAConfig always has RoPE
         config = self.config
         # For few tokens the products normalise as they read; for many, what two products take is normalised once.

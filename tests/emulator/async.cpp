@@ -288,6 +288,11 @@ void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* bar) {
     check_bulk(src, bytes);
     load(dst, {(char*)src, {16}, {bytes / 16, 1, 1, 1}, {bytes / 16, 1, 1, 1}, 1, 16}, {}, bar, 16);
 }
+void prefetch(const void* p) {
+    ++W->stats.prefetches;
+    if (__asan_region_is_poisoned && __asan_region_is_poisoned(const_cast<void*>(p), 1))
+        fail("prefetch: nobody's memory");
+}
 void check_bulk(const void* src, uint32_t bytes) {
     if ((uintptr_t)src % 16 || bytes % 16) fail("bulk copy: address or size is not a multiple of 16");
 }

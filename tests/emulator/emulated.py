@@ -59,6 +59,13 @@ class Emulator:
     def ops(self) -> tuple[str, ...]:
         return self.module.ops  # type: ignore[no-any-return]
 
+    @property
+    def prefetches(self) -> int:
+        """How many lines of 128 bytes the last launch brought to the L2 cache."""
+        count = ctypes.CDLL(str(self.path)).emulator_prefetches
+        count.restype = ctypes.c_uint64
+        return int(count())
+
     @contextmanager
     def overlapping(self) -> Iterator[Callable[[], int]]:
         """Inside, launches that may overlap the kernels before them do so in ThreadSanitizer's eyes. Gives a function

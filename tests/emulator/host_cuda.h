@@ -59,7 +59,7 @@ struct Options {
 Options& options();
 
 struct Stats {  // of the last launch, summed over its blocks
-    uint64_t switches, barriers, collectives, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async, tma_bytes;
+    uint64_t switches, barriers, collectives, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async, tma_bytes, prefetches;
 };
 Stats& stats();
 
@@ -151,6 +151,7 @@ struct TensorMap {
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 void tma_load(void* dst, const CUtensorMap* map, const int (&at)[4], uint64_t* bar);
 void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* bar);
+void prefetch(const void* p);
 void check_bulk(const void* src, uint32_t bytes);
 void tma_store(const CUtensorMap* map, const void* src, const int (&at)[4]);
 void tma_store_commit();
