@@ -50,15 +50,13 @@ struct TurnedQueries {
 void decode_attention_(Tensor qkv, Tensor kv_cache, const Tensor& block_table, const Tensor& seq_lens,
                        const Tensor& positions, const std::optional<Tensor>& cos_sin,
                        const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, double eps,
-                       bool interleaved, std::optional<int64_t> window, const std::optional<Tensor>& counters,
-                       const std::optional<Tensor>& prefetch) {
+                       bool interleaved, std::optional<int64_t> window, const std::optional<Tensor>& counters) {
     Arguments arguments("decode_attention_");
     arguments.tensor("qkv", qkv, {"B", "features"});
     arguments.tensor("block_table", block_table, ScalarType::Int, {"B", "max_pages"});
     arguments.tensor("seq_lens", seq_lens, ScalarType::Int, {"B"});
     arguments.tensor("positions", positions, ScalarType::Int, {"B"});
     if (counters) arguments.tensor("counters", *counters, ScalarType::Int, {"C"});
-    if (prefetch) arguments.tensor("prefetch", *prefetch, {"..."});
     check_rope_store(arguments, qkv, kv_cache, cos_sin, q_weight, k_weight);
     check_window(arguments, window);
     const int64_t G = arguments["G"], K = arguments["K"], S = arguments["S"], max_pages = arguments["max_pages"];
@@ -81,7 +79,6 @@ void decode_attention_(Tensor qkv, Tensor kv_cache, const Tensor& block_table, c
         p.window = window_or_all(window);
         p.scale = exponent_scale(1 / std::sqrt(double(K)));
         p.splits = 1;
-        p.next = prefetch_of(arguments, prefetch);
         if constexpr (std::is_same_v<T, float>) {
             if (K > plain_columns) arguments.fail("K, the head size, is ", K, ", but must be at most ", plain_columns);
             run_rope_store(store, interleaved, device.stream);

@@ -14,6 +14,7 @@ struct Params {
     const int* indices_TN;
     const float* weights_TN;
     int N, E, D, F;
+    bool early;  // choices and weights may be read before the kernel ahead has ended
 };
 
 // What a block knows of its token's experts.
@@ -25,9 +26,9 @@ struct Experts {
 template <class T>
 __device__ void read_experts(const Params<T>& p, int token, Experts& experts) {
     if (int(threadIdx.x) < p.N) {
-        const int expert = p.indices_TN[token * p.N + threadIdx.x];
+        const int expert = __ldcg(p.indices_TN + token * p.N + threadIdx.x);
         experts.index[threadIdx.x] = unsigned(expert) < unsigned(p.E) ? expert : -1;
-        experts.weight[threadIdx.x] = p.weights_TN[token * p.N + threadIdx.x];
+        experts.weight[threadIdx.x] = __ldcg(p.weights_TN + token * p.N + threadIdx.x);
     }
     __syncthreads();
 }
@@ -36,7 +37,7 @@ template <class T>
 __global__ void __launch_bounds__(skinny::threads, 2) experts_add_kernel(const Params<T> p) {
     const int token = blockIdx.y, first = blockIdx.x * skinny::rows;
     auto& experts = shared<Experts>();
-    wait_for_previous_kernels();
+    if (!p.early) wait_for_previous_kernels();
     read_experts(p, token, experts);
 
     skinny::Tile<T, 1> tile;
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(skinny::threads, 2) experts_add_kernel(const P
         tile.high[i] = tile.fetch(row_at(n, high), at, p.F);
     };
     tile.begin(fetch);
+    if (p.early) wait_for_previous_kernels();
     const T* x = p.x_TNF + int64_t(token) * p.N * p.F;
     float own[1][4] = {};  // of one expert
     tile.run(
@@ -104,8 +106,8 @@ void run(const Params<float>& p, const dim3& grid, cudaStream_t stream) {
     launch(experts_add_plain, {grid, dim3(skinny::threads), 0, stream, true}, p);
 }
 
-void experts_add_(Tensor residual, const Tensor& x, const Tensor& weight, const Tensor& indices,
-                  const Tensor& weights) {
+void experts_add_(Tensor residual, const Tensor& x, const Tensor& weight, const Tensor& indices, const Tensor& weights,
+                  bool early) {
     Arguments arguments("experts_add_");
     arguments.tensor("residual", residual, {"T", "D"});
     arguments.tensor("x", x, {"T", "N", "F"});
@@ -130,7 +132,8 @@ void experts_add_(Tensor residual, const Tensor& x, const Tensor& weight, const 
                                 int(N),
                                 int(arguments["E"]),
                                 int(D),
-                                int(F)};
+                                int(F),
+                                early};
         run(p, dim3(skinny::blocks(D, false), unsigned(T)), device.stream);
     });
 }

@@ -17,6 +17,7 @@ struct Params {
     const int* indices_TN;
     T* out_TNF;
     int tokens, N, E, D, F;
+    bool early;  // choices and weights may be read before the kernel ahead has ended
 };
 
 // The choices of one expert, in the order of the tokens.
@@ -30,7 +31,7 @@ __device__ int gather(const Params<T>& p, int expert, Choices& choices) {
     const int lane = threadIdx.x % 32;
     int own = -1;
     for (int n = 0; n < p.N && lane < p.tokens; ++n)
-        if (p.indices_TN[lane * p.N + n] == expert) own = lane * p.N + n;
+        if (__ldcg(p.indices_TN + lane * p.N + n) == expert) own = lane * p.N + n;
     const unsigned who = __ballot_sync(~0u, own >= 0);
     if (own >= 0 && threadIdx.x < 32) choices.pair[__popc(who & ((1u << lane) - 1))] = own;
     __syncthreads();
@@ -40,19 +41,21 @@ __device__ int gather(const Params<T>& p, int expert, Choices& choices) {
 template <class T, int NT>
 __global__ void __launch_bounds__(skinny::threads, 2) experts_swiglu_kernel(const Params<T> p) {
     auto& choices = shared<Choices>();
-    wait_for_previous_kernels();
-    const int expert = p.indices_TN[blockIdx.y], tokens = gather(p, expert, choices);
-    if (tokens == 0 || unsigned(expert) >= unsigned(p.E)) return;
+    if (!p.early) wait_for_previous_kernels();
+    const int expert = __ldcg(p.indices_TN + blockIdx.y), tokens = gather(p, expert, choices);
+    const bool idle = tokens == 0 || unsigned(expert) >= unsigned(p.E);
 
     skinny::Tile<T, NT> tile;
     const int first = blockIdx.x * width, column = first + tile.row;
-    const T* gate = column < p.F ? p.weight_E2FD + (int64_t(expert) * 2 * p.F + column) * p.D : nullptr;
+    const T* gate = !idle && column < p.F ? p.weight_E2FD + (int64_t(expert) * 2 * p.F + column) * p.D : nullptr;
     const T* up = gate ? gate + int64_t(p.F) * p.D : nullptr;
     const auto fetch = [&](int i, int step) {
         tile.low[i] = tile.fetch(gate, tile.feature(step), p.D);
         tile.high[i] = tile.fetch(up, tile.feature(step), p.D);
     };
     tile.begin(fetch);
+    if (p.early) wait_for_previous_kernels();
+    if (idle) return;
     tile.run(
         skinny::steps(p.D), tokens, fetch,
         [&](int i, int step) {
@@ -95,7 +98,7 @@ void run(const Params<float>& p, const dim3& grid, cudaStream_t stream) {
     launch(experts_swiglu_plain, {grid, dim3(skinny::threads), 0, stream, true}, p);
 }
 
-Tensor experts_swiglu(const Tensor& x, const Tensor& weight, const Tensor& indices) {
+Tensor experts_swiglu(const Tensor& x, const Tensor& weight, const Tensor& indices, bool early) {
     Arguments arguments("experts_swiglu");
     arguments.tensor("x", x, {"T", "D"});
     arguments.tensor("weight", weight, {"E", "features", "D"});
@@ -123,7 +126,8 @@ Tensor experts_swiglu(const Tensor& x, const Tensor& weight, const Tensor& indic
                                 int(N),
                                 int(E),
                                 int(D),
-                                int(F)};
+                                int(F),
+                                early};
         run(p, dim3(skinny::blocks(F, true), unsigned(T * N)), device.stream);
     });
     return out;

@@ -17,11 +17,12 @@ struct Add {
     }
 };
 
-void linear_add_(Tensor residual, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                 bool early) {
+void linear_add_(Tensor residual, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool early,
+                 const std::optional<Tensor>& prefetch) {
     Arguments arguments("linear_add_");
     arguments.tensor("residual", residual, {"T", "F"});
     skinny::check_tensors(arguments, x, std::nullopt, weight, bias, "F");
+    if (prefetch) arguments.tensor("prefetch", *prefetch, {"..."});
     const int64_t T = arguments["T"], F = arguments["F"];
     skinny::check_sizes(arguments, T, arguments["D"], F);
     if (T == 0 || F == 0) return;
@@ -34,8 +35,9 @@ void linear_add_(Tensor residual, const Tensor& x, const Tensor& weight, const s
         using E = decltype(element);
         const Add<E> finish{static_cast<E*>(residual.mutable_data_ptr()), stride,
                             bias ? arguments.data<E>("bias", *bias) : nullptr};
-        skinny::run<false>(skinny::product<E>(arguments, x, std::nullopt, 0, weight, false, early), finish,
-                           device.stream);
+        auto p = skinny::product<E>(arguments, x, std::nullopt, 0, weight, false, early);
+        p.next = prefetch_of(arguments, prefetch);
+        skinny::run<false>(p, finish, device.stream);
     });
 }
 

@@ -42,7 +42,7 @@ def work(dtype: torch.dtype, T: int, N: int, E: int, D: int, F: int) -> Work:
 
 
 def pyllama(residual: Tensor, x: Tensor, weight: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    experts_add_(residual, x, weight, indices, weights)
+    experts_add_(residual, x, weight, indices, weights, early=True)
     return residual
 
 

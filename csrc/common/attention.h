@@ -8,7 +8,6 @@
 #pragma once
 
 #include "common/last_block.h"
-#include "common/prefetch.h"
 #include "common/softmax.h"
 
 constexpr int max_splits = 64;
@@ -27,7 +26,6 @@ struct Problem {
     int splits;                    // the most parts
     float *part_out, *part_stats;  // workspace, if splits > 1: [tiles, G, splits, rows, V] and [.., 2]
     unsigned* done;                // [tiles, G], zeros; null: a kernel of its own merges
-    Prefetch next;                 // in decoding, while keys are few and memory is idle
 
     __device__ int queries(int b) const { return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : 1; }
 };

@@ -136,8 +136,6 @@ struct Decode {
 template <class P, class T, class Source, class Queries>
 __global__ void __launch_bounds__(attention_threads, 2)
     decode(const Problem<T> p, const Source source, const Queries queries) {
-    p.next.begin((int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x,
-                 int64_t(gridDim.x) * gridDim.y * gridDim.z);
     wait_for_previous_kernels();
     constexpr int K = P::K, V = P::V, keys = P::keys;
     auto& s = *dynamic_shared<typename P::Shared>();

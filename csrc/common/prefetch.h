@@ -1,4 +1,4 @@
-// prefetch.h - a kernel that leaves memory idle brings what a later one reads to the L2 cache.
+// prefetch.h - while it waits, a kernel brings what a later one reads to the L2 cache.
 #pragma once
 
 #include "common/op.h"

@@ -31,9 +31,8 @@ __device__ inline void bar_arrive(int id, int threads SITE) {
 // ---- programmatic dependent launch (sm_90; before it launches do not overlap) -----------------
 
 // In a kernel that is launched with `overlap`: waits until the kernels before it have ended and what they wrote can be
-// read, then lets the next kernel start. Every block calls it. Before it, a block may read what no kernel of the chain
-// writes (weights), and nothing else. The next kernel starts only now, so that the weights it reads early may have been
-// written by any kernel but this one.
+// read, then lets the next kernel start. Every block calls it. Before it, a block may read what the kernel ahead does
+// not write, and nothing else: the next kernel starts only now, so that all before this one have ended by then.
 __device__ inline void wait_for_previous_kernels() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     PTX(("griddepcontrol.wait;" :: : "memory"), emu::grid_dependency_wait());

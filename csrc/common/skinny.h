@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "common/op.h"
+#include "common/prefetch.h"
 #include "common/ptx.h"
 #include "common/reduce.h"
 #include "common/softmax.h"
@@ -40,6 +41,7 @@ struct Product {
     const T* weight_FD;  // with gated results [2F, D], the gate's rows first
     int D, F;            // multiples of 8; F columns of the result
     bool early;          // the weight may be read before the kernels ahead have ended
+    Prefetch next;
 };
 
 // What the threads of a block share. Tokens are so far apart that the eight threads that read at once meet no bank
@@ -148,6 +150,7 @@ __device__ void multiply(const Product<T>& p, F finish) {
     };
     if (!p.early) wait_for_previous_kernels();
     tile.begin(fetch);
+    p.next.begin(blockIdx.x, gridDim.x);
     if (p.early) wait_for_previous_kernels();
 
     const int steps = skinny::steps(p.D);

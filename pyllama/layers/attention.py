@@ -42,14 +42,13 @@ class GQA(nn.Module):
         kv_cache: Tensor | None,
         next_weight: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream x with the layer's result added; norm: what comes first; next_weight: what is read
-        after the output product's, to be brought to the GPU's cache while attention leaves memory idle."""
+        """The residual stream x with the layer's result added; norm: what comes first; next_weight: see `add_to`."""
         qkv = self._over_all_heads(self.qkv.normed(x_TD, norm))
         if isinstance(batch, Batch) and kv_cache is not None:
-            out_THK = self._cached(qkv, batch, rotation, kv_cache, next_weight)
+            out_THK = self._cached(qkv, batch, rotation, kv_cache)
         else:
             out_THK = self._whole(qkv, batch, rotation)
-        return self.out.add_to(x_TD, out_THK.flatten(1))
+        return self.out.add_to(x_TD, out_THK.flatten(1), next_weight)
 
     def _over_all_heads(self, qkv: Tensor) -> Tensor:
         """What some models do to queries and keys before they are heads: a norm, a limit (OLMoE)."""
@@ -60,9 +59,7 @@ class GQA(nn.Module):
             qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
         return qkv if config.clip is None else qkv.clamp(-config.clip, config.clip)
 
-    def _cached(
-        self, qkv: Tensor, batch: Batch, rotation: Rotation | None, kv_cache: Tensor, next_weight: Tensor | None
-    ) -> Tensor:
+    def _cached(self, qkv: Tensor, batch: Batch, rotation: Rotation | None, kv_cache: Tensor) -> Tensor:
         config = self.config
         q_norm, k_norm = (self.q_norm, self.k_norm) if config.qk_norm == "head" else (None, None)
         positions = batch.positions if rotation is None else rotation.rows
@@ -75,16 +72,9 @@ class GQA(nn.Module):
         )
         q_THK = qkv[:, : config.num_heads * config.head_dim].unflatten(1, (config.num_heads, config.head_dim))
         if batch.max_seqlen == 1 and len(qkv) == len(batch.seq_lens) and self._in_one:
+            pages, lengths = batch.block_table, batch.seq_lens
             decode_attention_(
-                qkv,
-                kv_cache,
-                batch.block_table,
-                batch.seq_lens,
-                positions,
-                *turned,
-                window=config.window,
-                counters=batch.counters,
-                prefetch=next_weight,
+                qkv, kv_cache, pages, lengths, positions, *turned, window=config.window, counters=batch.counters
             )
             return q_THK
         norm_rope_store_(qkv, kv_cache, positions, batch.slots, *turned)

@@ -66,7 +66,7 @@ class MoE(nn.Module):
 
     @property
     def first_weight(self) -> Tensor:
-        return self.router.weight
+        return self.router.weight if self.shared is None else self.shared.first_weight
 
     def forward(
         self, x_TD: Tensor, norm: RMSNorm, routed: bool = False, counters: Tensor | None = None
@@ -88,13 +88,14 @@ class MoE(nn.Module):
         return self._add_shared(x_TD + out_TD, normed_TD), Routing(logits_TE, experts_TN) if routed else None
 
     def _of_few(self, x_TD: Tensor, norm: RMSNorm, counters: Tensor | None) -> Tensor:
-        """The same in three ops, each of which reads the chosen experts' weights as they lie."""
+        """The same in three ops, the last two of which read the chosen experts' weights as they lie; each may begin
+        when the choice is made, which is not by the kernel ahead of it."""
         normed_TD, weights_TN, experts_TN = norm_gate(
             x_TD, norm.weight, norm.eps, self.router.weight, **self._routing, counters=counters, early=True
         )
         x_TD = self._add_shared(x_TD, normed_TD)  # first, as its weights are known while the choice is made
-        hidden = experts_swiglu(normed_TD, self.gate_up, experts_TN)
-        experts_add_(x_TD, hidden, self.down, experts_TN, weights_TN)
+        hidden = experts_swiglu(normed_TD, self.gate_up, experts_TN, early=self.shared is not None)
+        experts_add_(x_TD, hidden, self.down, experts_TN, weights_TN, early=True)
         return x_TD
 
     @property

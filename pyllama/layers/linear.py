@@ -59,12 +59,13 @@ class Linear(nn.Linear):
             return norm_swiglu(x_TD, *_norm(norm), self.weight, self.bias, early=True)
         return swiglu(self(x_TD if norm is None else norm(x_TD)))
 
-    def add_to(self, residual_TF: Tensor, x_TD: Tensor) -> Tensor:
-        """residual + self(x); without gradients in place."""
+    def add_to(self, residual_TF: Tensor, x_TD: Tensor, next_weight: Tensor | None = None) -> Tensor:
+        """residual + self(x); without gradients in place. next_weight: what the product after this one reads, to be
+        brought to the GPU's cache while this one waits."""
         if torch.is_grad_enabled():
             return residual_TF + self(x_TD)
         if few(x_TD):
-            linear_add_(residual_TF, x_TD, self.weight, self.bias, early=True)
+            linear_add_(residual_TF, x_TD, self.weight, self.bias, early=True, prefetch=next_weight)
         else:
             add_product_(residual_TF, x_TD, self.weight, self.bias)
         return residual_TF

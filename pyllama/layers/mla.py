@@ -49,8 +49,7 @@ class MLA(nn.Module):
         kv_cache: Tensor | None,
         next_weight: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream x with the layer's result added; norm: what comes first; next_weight: unused, since
-        products of this layer follow its attention."""
+        """The residual stream x with the layer's result added; norm: what comes first; next_weight: see `add_to`."""
         assert rotation is not None  # MLAConfig always has RoPE
         config = self.config
         # For few tokens the products normalise as they read; for many, what two products take is normalised once.
@@ -74,7 +73,7 @@ class MLA(nn.Module):
             out_THV = cached(q_THK, batch, kv_cache)
         else:
             out_THV = self._whole(q_THK, latent, batch, rotation)
-        return self.out.add_to(x_TD, out_THV.flatten(1))
+        return self.out.add_to(x_TD, out_THV.flatten(1), next_weight)
 
     def _absorbed(self, q_THK: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
         config = self.config

@@ -15,7 +15,7 @@ from pyllama.ops.registry import nothing, op
 @op(
     "(Tensor(a!) qkv, Tensor(b!) kv_cache, Tensor block_table, Tensor seq_lens, Tensor positions, "
     "Tensor? cos_sin=None, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, bool interleaved=False, "
-    "int? window=None, Tensor? counters=None, Tensor? prefetch=None) -> ()",
+    "int? window=None, Tensor? counters=None) -> ()",
     fake=nothing,
     qkv="B features",
     kv_cache="P 2 G S K",
@@ -26,7 +26,6 @@ from pyllama.ops.registry import nothing, op
     q_weight="K",
     k_weight="K",
     counters="int32: C",
-    prefetch="...",
 )
 def decode_attention_(
     qkv: Tensor,
@@ -41,7 +40,6 @@ def decode_attention_(
     interleaved: bool = False,
     window: int | None = None,
     counters: Tensor | None = None,
-    prefetch: Tensor | None = None,
 ) -> None:
     """`norm_rope_store_` and `paged_attention` of each sequence's one new token; the result takes the queries' place.
 
@@ -50,9 +48,8 @@ def decode_attention_(
     included, whose key and value go to the sequence's last place; 0: nothing is stored, and the result is 0. positions:
     int32 [B], the new token's row of cos_sin; the other arguments are those of the two ops. The kernel takes head sizes
     up to 128 and up to 16 queries of a key (float32: any). counters: int32, B G at least, zeros that are zeros again at
-    the end; None makes them, at the cost of another launch. prefetch: contiguous, a weight that soon follows, whose
-    first 8 MB the kernel brings to the L2 cache. For inference: raises RuntimeError where a gradient would be due,
-    ValueError for shapes or lengths that do not fit.
+    the end; None makes them, at the cost of another launch. For inference: raises RuntimeError where a gradient would
+    be due, ValueError for shapes or lengths that do not fit.
     """
     S, K = kv_cache.shape[3:]
     lengths = cached_lengths("decode_attention_", seq_lens, block_table.shape[1], S)

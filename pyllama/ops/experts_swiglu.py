@@ -11,23 +11,24 @@ from pyllama.ops.registry import op
 from pyllama.ops.swiglu import silu_gate
 
 
-def _by_choice(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+def _by_choice(x: Tensor, weight: Tensor, indices: Tensor, early: bool = False) -> Tensor:
     return x.new_empty(*indices.shape, weight.shape[1] // 2)
 
 
 @op(
-    "(Tensor x, Tensor weight, Tensor indices) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor indices, bool early=False) -> Tensor",
     fake=_by_choice,
     x="T D",
     weight="E features D",
     indices="int32: T N",
 )
-def experts_swiglu(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+def experts_swiglu(x: Tensor, weight: Tensor, indices: Tensor, early: bool = False) -> Tensor:
     """swiglu(weight[indices[t, n]] @ x[t]) of every token and choice.
 
     x: [T, D], at most 16 tokens in the kernel; weight: [E, 2F, D], each expert's gate, then its up part; indices: int32
     [T, N], in 0 to E - 1, a token's all different; result: [T, N, F]. An expert's weight is read once for all tokens
-    that chose it. Raises ValueError for shapes that do not fit.
+    that chose it. early: the kernel may read indices and weight while the kernel ahead in the stream still runs, so
+    that must not be one that writes them. Raises ValueError for shapes that do not fit.
     """
     if weight.shape[1] % 2:
         raise ValueError(f"experts_swiglu: weight has {weight.shape[1]} rows, but must have 2F, gate and up")

@@ -157,8 +157,9 @@ struct Worker {
 
 inline thread_local Worker* W = nullptr;
 
-// Programmatic dependent launch in ThreadSanitizer's eyes: threads start with what start_key has seen. Overlapped
-// launches do not renew it, and learn of the ends of previous launches from stream_key, in grid_dependency_wait.
+// Programmatic dependent launch in ThreadSanitizer's eyes: threads start with what start_key has seen, which is all but
+// the launch ahead, as that let them start when it had itself seen the ends of those before it. Of its end they learn
+// from stream_key, in grid_dependency_wait.
 inline char start_key, stream_key;
 
 // ThreadSanitizer sees each CUDA thread as a thread of its own and the happens-before edges that

@@ -40,6 +40,7 @@ void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const v
         synchronize();
     else
         pool.clear();  // what they have seen of previous launches is not for this one
+    void* const seen = early ? __tsan_create_fiber(0) : nullptr;  // as much as the host has
 
     std::vector<uint32_t> order(blocks);
     std::iota(order.begin(), order.end(), 0u);
@@ -76,6 +77,7 @@ void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const v
     });
     if (!early) work(0);
     for (auto& t : others) t.join();
+    if (seen) as(seen, synchronize), __tsan_destroy_fiber(seen);  // for the next launch, to which this one is ahead
     stats() = {};
     for (size_t i = 0; i < workers; ++i)
         for (size_t k = 0; pool[i] && k < sizeof(Stats) / 8; ++k)
@@ -101,7 +103,7 @@ EXPORT int emulator_overlap(bool on) {
 }
 
 // A kernel that writes `count` stretches of memory, as ThreadSanitizer sees it; they stay as they are. One kernel,
-// since later overlapped launches are taken to have seen all non-overlapping ones but the last.
+// since an overlapped launch has seen all but the one ahead of it.
 EXPORT void emulator_touch(void** starts, const size_t* bytes, size_t count) {
     struct Stretches {
         void** starts;

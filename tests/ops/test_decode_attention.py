@@ -22,8 +22,7 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     qkv, seq_lens = torch.randn(3, 8 * K, dtype=dtype), int32(7, 4, 1)
     yield qkv, cache, pages, seq_lens, int32(6, 3, 0)
     counters, weight = torch.zeros(12, dtype=torch.int32), torch.randn(K, dtype=dtype)
-    options = (weight, weight, 1e-5, True, 3, counters, torch.randn(7, 24, dtype=dtype))
-    yield qkv, cache, pages, seq_lens, int32(9, 3, 0), table(20, 16), *options
+    yield qkv, cache, pages, seq_lens, int32(9, 3, 0), table(20, 16), weight, weight, 1e-5, True, 3, counters
 
 
 def check(
@@ -115,25 +114,10 @@ def test_arguments(device: str) -> None:
     pages, qkv = index.view(2, 1), torch.randn(2, 64, device=device)
     with refused("decode_attention_: qkv has 40 features.* K = 8"):
         decode_attention_(qkv[:, :40].contiguous(), cache, pages, index, index)
-    with refused("decode_attention_: prefetch must have .*the dtype of qkv"):
-        decode_attention_(qkv, cache, pages, index, index, prefetch=torch.arange(3, device=device))
     with refused("decode_attention_: window is 0"):
         decode_attention_(qkv, cache, pages, index, index, window=0)
     with refused(r"decode_attention_: seq_lens of shape \[1\] has B = 1, but qkv has B = 2"):
         decode_attention_(qkv, cache, pages, index[:1], index)
-
-
-@pytest.mark.parametrize("lengths", [[1], [1, 200], [700, 3, 0]], ids=str)
-@pytest.mark.parametrize("size", [0, 1, 64, 65, 12_345, 5_000_000])
-def test_what_follows_is_brought_to_the_cache(size: int, lengths: list[int], chosen: Implementation) -> None:
-    """Every line of it once, up to 8 MB, by all blocks."""
-    B, device, dtype = len(lengths), chosen.device, torch.bfloat16
-    qkv, cache = (torch.randn(*shape, dtype=dtype, device=device) for shape in ((B, 6 * 64), (60, 2, 1, 16, 64)))
-    pages, seq_lens = torch.arange(B * 44, dtype=torch.int32).view(B, 44).clamp(max=59), int32(*lengths)
-    prefetch = torch.randn(size, dtype=dtype, device=device)
-    decode_attention_(qkv, cache, pages.to(device), *[seq_lens.to(device)] * 2, prefetch=prefetch)
-    if chosen.emulator:
-        assert chosen.emulator.prefetches == -(-min(2 * size, 8 << 20) // 128)
 
 
 def test_nothing_is_stored_beyond_the_block_table(dtype: torch.dtype, chosen: Implementation) -> None:

@@ -15,13 +15,9 @@ from pyllama.ops.registry import implementation
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
     weights = torch.rand(3, 2, dtype=torch.promote_types(dtype, torch.float32))
     indices = int32(0, 3, 2, 0, 3, 1).view(3, 2)
-    yield (
-        torch.randn(3, 24, dtype=dtype),
-        torch.randn(3, 2, 8, dtype=dtype),
-        torch.randn(4, 24, 8, dtype=dtype),
-        indices,
-        weights,
-    )
+    x, weight = torch.randn(3, 2, 8, dtype=dtype), torch.randn(4, 24, 8, dtype=dtype)
+    for early in (False, True):
+        yield torch.randn(3, 24, dtype=dtype), x, weight, indices, weights, early
 
 
 @pytest.mark.parametrize(
@@ -37,14 +33,15 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         (1, 3, 4, 5, 16),
     ],
 )
-def test_formula(T: int, N: int, E: int, D: int, F: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_formula(T: int, N: int, E: int, D: int, F: int, early: bool, dtype: torch.dtype, device: str) -> None:
     x, residual = (torch.randn(*shape, dtype=dtype, device=device) for shape in ((T, N, F), (T, D)))
     weight = torch.randn(E, D, F, dtype=dtype, device=device) / F**0.5
     indices, weights = chosen(T, N, E, device), torch.rand(T, N, device=device)
     products = np.einsum("tnf,tndf->tnd", numpy(x), numpy(weight)[indices.cpu().numpy()])
     total = np.einsum("tn,tnd->td", numpy(weights), products)
     expected = numpy(residual) + total
-    experts_add_(residual, x, weight, indices, weights.to(torch.promote_types(dtype, torch.float32)))
+    experts_add_(residual, x, weight, indices, weights.to(torch.promote_types(dtype, torch.float32)), early)
     eager = implementation("experts_add_", device) == "eager"  # which rounds each product and their sum
     rounded = np.abs(total).max(initial=0) + N * np.abs(products).max(initial=0) if eager else 0.0
     assert_close(residual, expected, rounded_within=rounded)

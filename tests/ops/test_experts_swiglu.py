@@ -18,7 +18,7 @@ def chosen(T: int, N: int, E: int, device: str = "cpu") -> Tensor:
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
     yield torch.randn(3, 16, dtype=dtype), torch.randn(4, 16, 16, dtype=dtype) / 4, int32(0, 3, 2, 0, 3, 1).view(3, 2)
-    yield torch.randn(1, 8, dtype=dtype), torch.randn(2, 32, 8, dtype=dtype) / 4, int32(1).view(1, 1)
+    yield torch.randn(1, 8, dtype=dtype), torch.randn(2, 32, 8, dtype=dtype) / 4, int32(1).view(1, 1), True
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,12 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         (2, 2, 2, 16, 0),
     ],
 )
-def test_formula(T: int, N: int, E: int, D: int, F: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_formula(T: int, N: int, E: int, D: int, F: int, early: bool, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(T, D, dtype=dtype, device=device)
     weight = torch.randn(E, 2 * F, D, dtype=dtype, device=device) / D**0.5
     indices = chosen(T, N, E, device)
-    out = experts_swiglu(x, weight, indices)
+    out = experts_swiglu(x, weight, indices, early)
     assert out.dtype == dtype
     assert out.shape == (T, N, F)
     both = np.einsum("td,tnfd->tnf", numpy(x), numpy(weight)[indices.cpu().numpy()])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import assert_close, numpy, poisoned, refused, refused_by_kernels
+from conftest import Implementation
 from test_norm_linear import SHAPES
 
 from pyllama.ops.linear_add import linear_add_
@@ -15,7 +16,7 @@ from pyllama.ops.registry import implementation
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
     weight = torch.randn(24, 16, dtype=dtype)
     yield torch.randn(3, 24, dtype=dtype), torch.randn(3, 16, dtype=dtype), weight, torch.randn(24, dtype=dtype)
-    yield torch.randn(2, 24, dtype=dtype), torch.randn(2, 16, dtype=dtype), weight, None, True
+    yield torch.randn(2, 24, dtype=dtype), torch.randn(2, 16, dtype=dtype), weight, None, True, torch.zeros_like(weight)
 
 
 @pytest.mark.parametrize(("T", "D", "F"), [(T, D, F // 8 * 8) for T, D, F in SHAPES] + [(0, 64, 32), (1, 8, 5)])
@@ -41,15 +42,31 @@ def test_strided_rows(dtype: torch.dtype, device: str) -> None:
     assert buffer.isnan().sum() == 4 * 32
 
 
+@pytest.mark.parametrize("rows", [8, 200])
+@pytest.mark.parametrize("size", [0, 1, 64, 65, 12_345, 5_000_000])
+def test_what_follows_is_brought_to_the_cache(size: int, rows: int, dtype: torch.dtype, chosen: Implementation) -> None:
+    """Every line of it once, up to 8 MB, by all blocks; in float32, whose arithmetic is plain, nothing."""
+    x, weight = (torch.randn(n, 16, dtype=dtype, device=chosen.device) for n in (2, rows))
+    prefetch = torch.empty(size, dtype=dtype, device=chosen.device)
+    linear_add_(torch.zeros(2, rows, dtype=dtype, device=chosen.device), x, weight, prefetch=prefetch)
+    if chosen.emulator:
+        lines = -(-min(prefetch.nbytes, 8 << 20) // 128)
+        assert chosen.emulator.prefetches == (0 if dtype is torch.float32 else lines)
+
+
 def test_what_the_kernel_does_not_support(device: str) -> None:
     weight = torch.randn(8, 16, device=device)
     with refused_by_kernels("linear_add_", device, "T, the number of tokens, is 17, but must be at most 16"):
         linear_add_(torch.randn(17, 8, device=device), torch.randn(17, 16, device=device), weight)
+    with refused_by_kernels("linear_add_", device, "prefetch must be contiguous"):
+        linear_add_(torch.randn(1, 8, device=device), weight[:1].clone(), weight, prefetch=weight.T)
 
 
 def test_arguments(device: str) -> None:
     x = torch.randn(2, 8, device=device)
     with refused("linear_add_: x and residual are the same memory"):
         linear_add_(x, x, torch.randn(8, 8, device=device))
+    with refused("linear_add_: prefetch must have .*the dtype of residual"):
+        linear_add_(x, x.clone(), torch.randn(8, 8, device=device), prefetch=torch.arange(3, device=device))
     with refused("linear_add_: x of shape .* has T = 3, but residual has T = 2"):
         linear_add_(x, torch.randn(3, 8, device=device), torch.randn(8, 8, device=device))

@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 CHAIN = {"embedding", "advance_", "decode_attention_", "norm_rope_store_", "paged_attention", "attention", "sample"}
 CHAIN |= {"norm_linear", "norm_swiglu", "linear_add_", "norm_gate", "norm_argmax_", "experts_swiglu"}
 CHAIN |= {"experts_add_", "mla_rope_store_", "mla_paged_attention"}
-WEIGHTS = {"weight", "norm_weight", "bias"}  # what an op may read early where its caller says so
+EARLY = {"weight", "norm_weight", "bias", "indices", "weights"}  # what an op may read early where its caller says so
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -42,8 +42,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kernels", kernels, ids=str)
 
 
-def test_nothing_but_weights_is_touched_early(op: str, kernels: Implementation, dtype: torch.dtype) -> None:
-    """A kernel ahead writes every argument, but for weights that may be read early."""
+def test_nothing_else_is_touched_early(op: str, kernels: Implementation, dtype: torch.dtype) -> None:
+    """A kernel ahead writes every argument, but for those that may be read early."""
     emulator = kernels.emulator
     assert emulator is not None
     names = [argument.name for argument in OPS[op].overload._schema.arguments]
@@ -57,7 +57,7 @@ def test_nothing_but_weights_is_touched_early(op: str, kernels: Implementation, 
             early = named.get("early", False)
             with emulator.overlapping() as count:
                 given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-                emulator.touch(value for name, value in given.items() if not (early and name in WEIGHTS))
+                emulator.touch(value for name, value in given.items() if not (early and name in EARLY))
                 found = results(op, args)
                 overlapped += count()
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
