@@ -1,6 +1,7 @@
 // experts_add.cu - residual += the weighted sum over a token's experts of their down products, for few tokens, as in
 // common/skinny.h; in place, rounded once. A block has 16 columns of one token, and goes through its experts' rows end
 // to end.
+#include "common/router.h"
 #include "common/skinny.h"
 
 namespace {
@@ -19,8 +20,8 @@ struct Params {
 
 // What a block knows of its token's experts.
 struct Experts {
-    int index[skinny::max_choices];  // none: -1
-    float weight[skinny::max_choices];
+    int index[max_chosen];  // none: -1
+    float weight[max_chosen];
 };
 
 template <class T>
@@ -116,8 +117,7 @@ void experts_add_(Tensor residual, const Tensor& x, const Tensor& weight, const 
     arguments.tensor("weights", weights, ScalarType::Float, {"T", "N"});
     const int64_t T = arguments["T"], D = arguments["D"], N = arguments["N"], F = arguments["F"];
     skinny::check_sizes(arguments, T, F, D);
-    if (N > skinny::max_choices)
-        arguments.fail("N, the experts of a token, are ", N, ", but must be at most ", skinny::max_choices);
+    if (N > max_chosen) arguments.fail("N, the experts of a token, are ", N, ", but must be at most ", max_chosen);
     if (T == 0 || D == 0 || N == 0) return;
     const int64_t stride = arguments.rows("residual", residual).stride;
     const DeviceScope device(residual);

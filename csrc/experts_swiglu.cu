@@ -3,6 +3,7 @@
 // A block has 8 columns of one expert, for all tokens that chose it: of the tokens' choices, that of the first of them
 // does the work, and the others' blocks have nothing to do.
 #include "common/activation.h"
+#include "common/router.h"
 #include "common/skinny.h"
 
 namespace {
@@ -108,9 +109,9 @@ Tensor experts_swiglu(const Tensor& x, const Tensor& weight, const Tensor& indic
     if (arguments["features"] % 2)
         arguments.fail("weight has ", arguments["features"], " rows, but must have 2F, gate and up");
     skinny::check_sizes(arguments, T, D, F);
-    if (N > E || N > skinny::max_choices)
+    if (N > E || N > max_chosen)
         arguments.fail("N, the experts of a token, are ", N, ", but must be at most ",
-                       std::min<int64_t>(E, skinny::max_choices));
+                       std::min<int64_t>(E, max_chosen));
 
     Tensor out = torch::stable::new_empty(x, {T, N, F});
     if (out.numel() == 0) return out;

@@ -23,20 +23,20 @@ template <class T, int NT>
 __global__ void __launch_bounds__(skinny::threads, 2)
     norm_argmax_kernel(const skinny::Product<T> p, const Choice choice) {
     struct Logits {
-        float row[skinny::max_tokens][skinny::rows];
+        float of[skinny::rows][skinny::max_tokens];
     };
     auto& logits = shared<Logits>();
-    const int lane = threadIdx.x % 32, first = blockIdx.x * skinny::rows;
+    const int first = blockIdx.x * skinny::rows, rows = min(skinny::rows, p.F - first), token = threadIdx.x;
     skinny::multiply<NT, false>(
-        p, [&](int token, int row, float sum, float) { logits.row[token][row - first] = rounded<T>(sum); });
+        p, [&](int token, int row, float sum, float) { logits.of[row - first][token] = rounded<T>(sum); });
     __syncthreads();
-    for (int token = threadIdx.x / 32; token < p.tokens; token += skinny::warps) {
-        const bool exists = lane < skinny::rows && first + lane < p.F;
-        const Candidate best = warp_max(exists ? candidate(logits.row[token][lane], first + lane) : 0);
-        if (lane == 0) atomicMax(choice.best_T + token, static_cast<unsigned long long>(best));
+    if (token < p.tokens) {  // in one warp, whose atomics are one access
+        Candidate best = 0;
+        for (int row = 0; row < rows; ++row) best = max(best, candidate(logits.of[row][token], first + row));
+        atomicMax(choice.best_T + token, static_cast<unsigned long long>(best));
     }
-    if (!last_block(choice.done, gridDim.x) || int(threadIdx.x) >= p.tokens) return;
-    choice.tokens_T[threadIdx.x] = index_of(atomicExch(choice.best_T + threadIdx.x, 0ull));
+    if (last_block(choice.done, gridDim.x) && token < p.tokens)
+        choice.tokens_T[token] = index_of(atomicExch(choice.best_T + token, 0ull));
 }
 
 void norm_argmax_(Tensor tokens, const Tensor& x, const std::optional<Tensor>& norm_weight, double eps,

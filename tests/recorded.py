@@ -83,5 +83,4 @@ class Recorded:
         else:
             recorder, result = self._stages[stage]
             recorder.replay()
-        # From a device the host would get copies.
-        return tuple(x.clone() for x in result) if isinstance(result, tuple) else result
+        return result

@@ -250,14 +250,18 @@ def test_kernels_of_a_gpu_are_counted_by_name_and_products_by_their_bytes() -> N
     mm.append_kernel("reduce", 0, 10)
     norm = event("pyllama::rms_norm", DeviceType.CPU, 9, input_shapes=[[1, 1000], [1000]])
     norm.append_kernel("norm", 0, 20)
-    device = [event(name, DeviceType.CUDA, time) for name, time in (("gemm", 100), ("reduce", 10), ("norm", 20))]
+    add = event("pyllama::linear_add_", DeviceType.CPU, 9, input_shapes=[[1, 8], [1, 100], [8, 100], [], [], [500, 8]])
+    add.append_kernel("skinny", 0, 30)
+    times = {"gemm": 100, "reduce": 10, "norm": 20, "skinny": 30}
+    device = [event(name, DeviceType.CUDA, time) for name, time in times.items()]
     loose = event("gemm", DeviceType.CUDA, 50)
     marked = event("step", DeviceType.CUDA, 900, is_user_annotation=True)
-    found = profiles.of_gpu([mm, norm, *device, loose, marked], itemsize=2)
-    assert set(found) == {"gemm", "reduce", "norm"}
+    found = profiles.of_gpu([mm, norm, add, *device, loose, marked], itemsize=2)
+    assert found.keys() == times.keys()
     assert (found["gemm"].calls, found["gemm"].seconds) == (2, pytest.approx(150e-6))
     assert found["gemm"].product_bytes == 2 * (1000 + 500_000)
     assert found["gemm"].product_seconds == pytest.approx(100e-6)
+    assert found["skinny"].product_bytes == 2 * (8 + 100 + 800)  # its last tensor is only brought to a cache
     assert found["reduce"].product_seconds == found["norm"].product_seconds == 0
 
 

@@ -223,14 +223,20 @@ MOE = {
 }
 
 
+SHARED = MOE | {"norm_swiglu": 1, "linear_add_": 2}
+
+
 @pytest.mark.parametrize(
-    ("ffn", "expected"), [(MLPConfig(24), DENSE), (MoEConfig(4, 2, 12), MOE)], ids=["dense", "experts"]
+    ("ffn", "expected"),
+    [(MLPConfig(24), DENSE), (MoEConfig(4, 2, 12), MOE), (MoEConfig(4, 2, 12, shared=MLPConfig(8)), SHARED)],
+    ids=["dense", "experts", "shared"],
 )
 @pytest.mark.parametrize("sequences", [1, 16])
 def test_a_step_of_decoding_is_few_kernels(
     ffn: MLPConfig | MoEConfig, expected: dict[str, int], sequences: int
 ) -> None:
-    """Five of a dense layer and six of one with experts, and nothing between them: each may overlap the next."""
+    """Five of a dense layer, six of one with experts, eight with a shared one too; nothing is between them, so that
+    each may overlap the next."""
     model = tiny(ffn)
     prompts = [[1 + i, 2, 3] for i in range(sequences)]
     decoding = Decoding(model, prompts, [9] * sequences, SamplingParams(max_new_tokens=9))

@@ -11,7 +11,8 @@
 #include "common/op.h"
 #include "common/reduce.h"
 
-constexpr int max_experts = 512, max_chosen = 32;
+constexpr int max_experts = 512;
+constexpr int max_chosen = 32;  // experts of a token
 
 struct Gate {
     const float* bias_E;  // or null

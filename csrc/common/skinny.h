@@ -20,7 +20,6 @@
 namespace skinny {
 
 constexpr int max_tokens = 16;
-constexpr int max_choices = 32;  // experts of a token
 constexpr int warps = 8, threads = warps * 32;
 constexpr int rows = 16;               // of the weight, of a block
 constexpr int chunk = 32;              // features of one row that four threads have, 8 each
@@ -248,13 +247,13 @@ void run(const Product<T>& p, const Finish& finish, cudaStream_t stream) {
     });
 }
 
-// Checks the tensors of a product; `rows` names those of the weight.
+// Checks the tensors of a product; `weight_rows` names those of the weight.
 inline void check_tensors(Arguments& arguments, const Tensor& x, const std::optional<Tensor>& norm_weight,
-                          const Tensor& weight, const std::optional<Tensor>& bias, const char* rows) {
+                          const Tensor& weight, const std::optional<Tensor>& bias, const char* weight_rows) {
     arguments.tensor("x", x, {"T", "D"});
     if (norm_weight) arguments.tensor("norm_weight", *norm_weight, {"D"});
-    arguments.tensor("weight", weight, {rows, "D"});
-    if (bias) arguments.tensor("bias", *bias, {rows});
+    arguments.tensor("weight", weight, {weight_rows, "D"});
+    if (bias) arguments.tensor("bias", *bias, {weight_rows});
 }
 
 // The product of checked tensors: x [T, D], weight [F, D] ([2F, D] of gated results).

@@ -38,7 +38,7 @@ class MLP(nn.Module):
         self.down = Linear(config.size, hidden_size, bias=config.bias)
 
     @property
-    def first_weight(self) -> Tensor:
+    def first_large_weight(self) -> Tensor:
         return self.gate_up.weight
 
     def forward(
@@ -65,8 +65,9 @@ class MoE(nn.Module):
         self.shared_gate = Linear(hidden_size, 1, bias=False) if config.shared_gate else None
 
     @property
-    def first_weight(self) -> Tensor:
-        return self.router.weight if self.shared is None else self.shared.first_weight
+    def first_large_weight(self) -> Tensor:
+        """A router's is read early as a whole; which experts' follow is not known."""
+        return self.router.weight if self.shared is None else self.shared.first_large_weight
 
     def forward(
         self, x_TD: Tensor, norm: RMSNorm, routed: bool = False, counters: Tensor | None = None
@@ -88,8 +89,8 @@ class MoE(nn.Module):
         return self._add_shared(x_TD + out_TD, normed_TD), Routing(logits_TE, experts_TN) if routed else None
 
     def _of_few(self, x_TD: Tensor, norm: RMSNorm, counters: Tensor | None) -> Tensor:
-        """The same in three ops, the last two of which read the chosen experts' weights as they lie; each may begin
-        when the choice is made, which is not by the kernel ahead of it."""
+        """The same in three ops, the last two of which read the chosen experts' weights as they lie, and early where
+        the op ahead is not the one that chose."""
         normed_TD, weights_TN, experts_TN = norm_gate(
             x_TD, norm.weight, norm.eps, self.router.weight, **self._routing, counters=counters, early=True
         )

@@ -33,5 +33,5 @@ class Layer(nn.Module):
         routed: bool,
     ) -> tuple[Tensor, Routing | None]:
         """The residual stream after this layer (without gradients in place), and the routing if it is asked for."""
-        x_TD = self.attention(x_TD, self.attention_norm, batch, rotation, kv_cache, self.ffn.first_weight)
+        x_TD = self.attention(x_TD, self.attention_norm, batch, rotation, kv_cache, self.ffn.first_large_weight)
         return self.ffn(x_TD, self.ffn_norm, routed, batch.counters)

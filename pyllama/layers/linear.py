@@ -60,12 +60,14 @@ class Linear(nn.Linear):
         return swiglu(self(x_TD if norm is None else norm(x_TD)))
 
     def add_to(self, residual_TF: Tensor, x_TD: Tensor, next_weight: Tensor | None = None) -> Tensor:
-        """residual + self(x); without gradients in place. next_weight: what the product after this one reads, to be
-        brought to the GPU's cache while this one waits."""
+        """residual + self(x); without gradients in place. next_weight: of a product that soon follows, to be brought to
+        the GPU's cache while this one waits; not if a hook has yet to bring it to where x is."""
         if torch.is_grad_enabled():
             return residual_TF + self(x_TD)
         if few(x_TD):
-            linear_add_(residual_TF, x_TD, self.weight, self.bias, early=True, prefetch=next_weight)
+            here = next_weight is not None and (next_weight.device, next_weight.dtype) == (x_TD.device, x_TD.dtype)
+            prefetch = next_weight if here else None
+            linear_add_(residual_TF, x_TD, self.weight, self.bias, early=True, prefetch=prefetch)
         else:
             add_product_(residual_TF, x_TD, self.weight, self.bias)
         return residual_TF

@@ -289,7 +289,7 @@ void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* bar) {
     load(dst, {(char*)src, {16}, {bytes / 16, 1, 1, 1}, {bytes / 16, 1, 1, 1}, 1, 16}, {}, bar, 16);
 }
 void prefetch(const void* p) {
-    ++W->stats.prefetches;
+    ++W->stats.prefetches, W->stats.prefetched += (uintptr_t)p;
     if (__asan_region_is_poisoned && __asan_region_is_poisoned(const_cast<void*>(p), 1))
         fail("prefetch: nobody's memory");
 }

@@ -60,11 +60,11 @@ class Emulator:
         return self.module.ops  # type: ignore[no-any-return]
 
     @property
-    def prefetches(self) -> int:
-        """How many lines of 128 bytes the last launch brought to the L2 cache."""
-        count = ctypes.CDLL(str(self.path)).emulator_prefetches
-        count.restype = ctypes.c_uint64
-        return int(count())
+    def prefetches(self) -> tuple[int, int]:
+        """How many lines of 128 bytes the last launch brought to the L2 cache, and the sum of their addresses."""
+        found = (ctypes.c_uint64 * 2)()
+        ctypes.CDLL(str(self.path)).emulator_prefetches(found)
+        return found[0], found[1]
 
     @contextmanager
     def overlapping(self) -> Iterator[Callable[[], int]]:

@@ -59,7 +59,8 @@ struct Options {
 Options& options();
 
 struct Stats {  // of the last launch, summed over its blocks
-    uint64_t switches, barriers, collectives, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async, tma_bytes, prefetches;
+    uint64_t switches, barriers, collectives, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async, tma_bytes, prefetches,
+        prefetched;  // the sum of their addresses
 };
 Stats& stats();
 

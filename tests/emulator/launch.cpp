@@ -93,8 +93,10 @@ void launch(dim3 grid, dim3 block, size_t smem, bool overlap, Body body, const v
 
 EXPORT void emulator_seed(uint64_t seed) { emu::options().seed = seed; }
 
-// How many lines the last launch brought to the L2 cache.
-EXPORT uint64_t emulator_prefetches() { return emu::stats().prefetches; }
+// How many lines the last launch brought to the L2 cache, and the sum of their addresses.
+EXPORT void emulator_prefetches(uint64_t (&found)[2]) {
+    found[0] = emu::stats().prefetches, found[1] = emu::stats().prefetched;
+}
 
 // How later overlapped launches are run: see Options. Returns how many there were since the last call.
 EXPORT int emulator_overlap(bool on) {

@@ -72,6 +72,7 @@ MLA = MLAConfig(4, 48, 64, 128, 128, RopeConfig(10_000.0, 64, interleaved=True),
 MODELS = {
     "dense": (LayerConfig(GQA, MLP),) * 2,
     "experts": (LayerConfig(GQA, MOE),) * 2,
+    "experts alone": (LayerConfig(GQA, replace(MOE, shared=None)),) * 2,
     "latent": (LayerConfig(MLA, MLP),) * 2,
 }
 
