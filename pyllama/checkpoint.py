@@ -59,8 +59,18 @@ class TensorInfo:
         return torch.float8_e4m3fn if self.dtype == FLOAT8 else DTYPES[self.dtype]
 
     @property
+    def elements(self) -> int:
+        """Of all pieces."""
+        return len(self.files) * math.prod(self.shape)
+
+    @property
+    def is_floating(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+    @property
     def piece_bytes(self) -> int:
-        return math.prod(self.shape) * self.torch_dtype.itemsize
+        bits = re.search(r"\d+", self.dtype)  # the name says them, but of BOOL
+        return -(-math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8)
 
     @property
     def bytes(self) -> int:
@@ -79,11 +89,12 @@ class Checkpoint:
     @classmethod
     @contextmanager
     def open(cls, folder: Path) -> Iterator[Checkpoint]:
-        """Opens the files and checks their headers.
+        """Opens the files of a folder, or the one file that `folder` is, and checks their headers.
 
         Raises CheckpointError for missing, damaged and unsafe files, MemoryError for one too large to be mapped.
         """
         found = find_files(folder)
+        folder = folder.parent if folder.is_file() else folder
         with ExitStack() as stack:
             files: dict[str, Source] = {}
             tensors: dict[str, TensorInfo] = {}
@@ -210,7 +221,10 @@ class Files:
 
 
 def find_files(folder: Path) -> Files:
-    """Which of the folder's files hold its weights. Raises CheckpointError where that is not clear."""
+    """Which of the folder's files hold its weights; a file holds its own. Raises CheckpointError where that is not
+    clear."""
+    if folder.is_file():
+        return Files(_layout_of(folder), (folder.name,))
     for layout in LAYOUTS:
         names = sorted({path.name for pattern in layout.patterns for path in folder.glob(pattern)})
         if layout.whole in names:
@@ -228,6 +242,15 @@ def find_files(folder: Path) -> Files:
     wanted = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
     others = sorted(path.name for path in folder.glob("*.gguf"))
     raise CheckpointError(f"{folder} has no file of weights ({wanted})" + (f", only {few(others)}" if others else ""))
+
+
+def _layout_of(file: Path) -> Layout:
+    """The layout whose files end as this one."""
+    for layout in LAYOUTS:
+        if any(file.match(pattern) for pattern in layout.patterns):
+            return layout
+    endings = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
+    raise CheckpointError(f"{file} is no file of weights: its name must be one of {endings}")
 
 
 def _files_by_rank(folder: Path, layout: Layout, found: list[re.Match[str]]) -> Files:

@@ -1,4 +1,4 @@
-"""The command `pyllama`: generate, chat, convert, bench, doctor.
+"""The command `pyllama`: generate, chat, convert, inspect, bench, doctor.
 
 Text goes to standard output, everything about it (loading, speed, errors) to standard error.
 """
@@ -19,13 +19,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from pyllama import doctor
 from pyllama.bench import report
 from pyllama.convert import convert as convert_checkpoint
 from pyllama.generation import generate as generate_text
 from pyllama.generation import stream
+from pyllama.inspection import inspect
+from pyllama.inspection.report import lines
 from pyllama.loader import load
 from pyllama.model import Model
 from pyllama.sampling import SamplingParams
@@ -249,36 +250,25 @@ def doctor_command(
     if json_:
         typer.echo(json.dumps(asdict(report)))
         return
-    console = Console(highlight=False)
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(report):
-        facts.add_row(f"[bold]{name}[/]", value)
-    console.print(facts, "")
-    devices = ["cpu", *(gpu.device for gpu in report.gpus)]
-    table = Table("op", *devices, box=None, header_style="bold")
-    for op, implementations in report.ops.items():
-        table.add_row(op, *(implementations[device] for device in devices))
-    console.print(table, "")
-    for line in report.advice:
-        console.print(f"[yellow]![/] {line}")
-    if not report.advice:
-        console.print("[green]everything is in order[/]")
+    doctor.show(report, Console(highlight=False))
 
 
-def _facts(report: doctor.Report) -> Iterator[tuple[str, str]]:
-    yield from report.versions.items()
-    yield "torch's CUDA", report.cuda_of_torch or "none (a CPU-only torch)"
-    if report.cuda_of_build is None:
-        yield "kernels", "none (built without nvcc)"
+@app.command(name="inspect")
+def inspect_command(
+    source: Annotated[str, typer.Argument(help="A folder, a file of weights, a Hugging Face Hub id, or 'demo'.")],
+    ignore_config_key: IgnoreKey = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say what the checkpoint SOURCE consists of, from its headers: modules, shapes, parameters, bytes.
+
+    It need not be of a model that pyllama runs. Modules of one structure are one line: layers, experts.
+    """
+    with _one_line_errors():
+        inspection = inspect(source, ignore_config_key or ())
+    if json_:
+        typer.echo(json.dumps(asdict(inspection)))
     else:
-        count, targets = len(report.compiled_ops), ", ".join(report.architectures)
-        yield "kernels", f"{count} of {len(report.ops)} ops, CUDA {report.cuda_of_build}, {targets}"
-    yield "NVIDIA driver", report.driver or "none"
-    for gpu in report.gpus:
-        memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
-        yield gpu.device, f"{gpu.name}, compute capability {gpu.capability}, {memory}"
-    if not report.gpus:
-        yield "GPUs", "none found: models run on the CPU"
+        typer.echo("\n".join(lines(inspection)))
 
 
 def _options(**options: Any) -> dict[str, Any]:

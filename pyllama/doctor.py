@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from pyllama import _C
 from pyllama.ops.registry import OPS, implementation
@@ -102,6 +105,38 @@ def _gpus() -> list[GPU]:
         supported = _C.cuda_version is not None and _C.supports(major, minor)
         found.append(GPU(f"cuda:{index}", properties.name, f"{major}.{minor}", properties.total_memory, supported))
     return found
+
+
+def show(report: Report, console: Console) -> None:
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(report):
+        facts.add_row(f"[bold]{name}[/]", value)
+    console.print(facts, "")
+    devices = ["cpu", *(gpu.device for gpu in report.gpus)]
+    table = Table("op", *devices, box=None, header_style="bold")
+    for op, implementations in report.ops.items():
+        table.add_row(op, *(implementations[device] for device in devices))
+    console.print(table, "")
+    for line in report.advice:
+        console.print(f"[yellow]![/] {line}")
+    if not report.advice:
+        console.print("[green]everything is in order[/]")
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    yield from report.versions.items()
+    yield "torch's CUDA", report.cuda_of_torch or "none (a CPU-only torch)"
+    if report.cuda_of_build is None:
+        yield "kernels", "none (built without nvcc)"
+    else:
+        count, targets = len(report.compiled_ops), ", ".join(report.architectures)
+        yield "kernels", f"{count} of {len(report.ops)} ops, CUDA {report.cuda_of_build}, {targets}"
+    yield "NVIDIA driver", report.driver or "none"
+    for gpu in report.gpus:
+        memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
+        yield gpu.device, f"{gpu.name}, compute capability {gpu.capability}, {memory}"
+    if not report.gpus:
+        yield "GPUs", "none found: models run on the CPU"
 
 
 def _driver() -> str | None:

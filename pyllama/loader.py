@@ -76,10 +76,10 @@ def load(
 
 def find_folder(source: str | Path, ignore_config_keys: Iterable[str]) -> Path:
     """The checkpoint's folder, downloaded where `source` is a Hub id; not if its config.json cannot be read."""
-    folder = _local_folder(source)
+    folder = local_folder(source)
     if folder is not None:
         return folder
-    folder = _download(str(source), CONFIG_FILES)
+    folder = download(str(source), CONFIG_FILES)
     if (folder / "config.json").is_file():
         read_folder(folder, ignore_config_keys)
     return _download_weights(str(source))
@@ -196,7 +196,7 @@ def _eos_token_ids(folder: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
     return frozenset(found)
 
 
-def _local_folder(source: str | Path) -> Path | None:
+def local_folder(source: str | Path) -> Path | None:
     """The folder that `source` names; None where it can only be a Hub id."""
     if source == "demo":
         return Path(str(files("pyllama") / "demo"))
@@ -212,7 +212,8 @@ def _local_folder(source: str | Path) -> Path | None:
     return None
 
 
-def _download(repo: str, patterns: list[str]) -> Path:
+def download(repo: str, patterns: list[str]) -> Path:
+    """The folder that has those files of a Hub repository. Raises FileNotFoundError where it is not to be had."""
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=OTHER_FILES))
     except GatedRepoError as error:
@@ -235,7 +236,7 @@ def _download(repo: str, patterns: list[str]) -> Path:
 
 def _download_weights(repo: str) -> Path:
     for pattern in WEIGHT_FILES:
-        folder = _download(repo, [*CONFIG_FILES, pattern])
+        folder = download(repo, [*CONFIG_FILES, pattern])
         if any(folder.glob(pattern)):
             break
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ class Hub:
         hub = self
         self.folder = folder
         self.downloads: list[str] = []
+        self.parts: list[str] = []  # of what a range of bytes was asked for
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -57,10 +59,12 @@ class Hub:
             self.send(request, 200, json.dumps(tree).encode())
         elif path.startswith("/owner/model/resolve/") and (name := path.split("/", 5)[5]) in files:
             content = (self.folder / name).read_bytes()
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"] or "")
             if request.command == "GET":
-                self.downloads.append(name)
+                (self.parts if part else self.downloads).append(name)
+            status, sent = (206, content[int(part[1]) : int(part[2]) + 1]) if part else (200, content)
             etag = hashlib.sha1(content).hexdigest()
-            self.send(request, 200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+            self.send(request, status, sent, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
         else:
             self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
 
@@ -92,10 +96,14 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def load(source: str, cache: Path, address: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Loads in a process of its own: huggingface_hub reads its settings when it is imported."""
     script = (
         f"import pyllama; model = pyllama.load({source!r}); print(model.config.vocab_size, model.tokenizer is None)"
     )
+    return run(script, cache, address, **environment)
+
+
+def run(script: str, cache: Path, address: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: huggingface_hub reads its settings when it is imported."""
     settings = {"HF_HOME": str(cache), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
     proxies = ("http_proxy", "https_proxy", "all_proxy")
     inherited = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
@@ -152,6 +160,27 @@ def test_weights_of_a_model_that_is_not_known_are_not_downloaded(hub: Hub, tmp_p
     result = load("owner/model", tmp_path / "cache", hub.address)
     assert "['GPT2LMHeadModel'] is not known; known: " in result.stderr
     assert "model.safetensors" not in hub.downloads
+
+
+INSPECT = """
+from pyllama.inspection import inspect
+found = inspect("owner/model")
+print(found.root.parameters, found.model and found.model.parameters)
+"""
+
+
+def test_of_what_is_inspected_headers_alone_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "consolidated.safetensors").unlink()
+    result = run(INSPECT, tmp_path / "cache", hub.address)
+    tensors = load_file(hub.folder / "model.safetensors").values()
+    count = sum(tensor.numel() for tensor in tensors)
+    assert result.stdout == f"{count} {count}\n", result.stderr
+    assert "model.safetensors" not in hub.downloads
+    assert set(hub.parts) == {"model.safetensors"}
+
+    (hub.folder / "model.safetensors").unlink()
+    result = run(INSPECT, tmp_path / "cache", hub.address)
+    assert "owner/model has no safetensors, whose headers could be fetched alone: download" in last_line(result)
 
 
 def last_line(result: subprocess.CompletedProcess[str]) -> str:

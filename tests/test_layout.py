@@ -35,6 +35,7 @@ ORDER = [
     {"generation"},
     {"doctor"},
     {"bench"},
+    {"inspection"},
     {"cli"},
 ]
 PARTS = set().union(*ORDER)

@@ -40,6 +40,12 @@ def active_parameters(model: Model) -> float:
     return sum(parameter.numel() for parameter in model.parameters()) - idle
 
 
+def token_flops(model: Model) -> tuple[int, int]:
+    """Of a new token: in the products with weights, the head's included, and in attention to each token it sees."""
+    attention = sum(count * _pair_flops(attention, True) for attention, count in _attentions(model))
+    return round(_product_flops(model)) + 2 * _head(model).numel(), attention
+
+
 def prompt_work(model: Model, cell: Cell) -> Work:
     """Of all prompts, until each has its first new token: its head's product is of the last tokens alone."""
     tokens = cell.batch * cell.context

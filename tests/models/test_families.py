@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import pyllama
 from pyllama.batch import Batch
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
+from pyllama.inspection import inspect
+from pyllama.layers.ffn import MoE
 from pyllama.model import Model
 
 TOKENS = 75  # longer than the windows and than llama3 scaling's original context
@@ -209,3 +211,24 @@ def test_cached_decoding_equals_the_full_pass(checkpoint: Path, seed: int) -> No
         found = model.run(torch.cat(pieces), batch, cache)
         expected = torch.stack([full[b][done[b] - 1] for b in active])
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * expected.std().item())
+
+
+@pytest.mark.parametrize("family", [*OPTIONS, "llama_moe"])
+def test_what_is_inspected_is_what_is_loaded(family: str, tmp_path: Path) -> None:
+    """Parameters, those of one token and the cache's bytes, by headers and configuration alone."""
+    config = write_llama_moe(tmp_path) if family == "llama_moe" else draw(family, 1)
+    if family != "llama_moe":
+        write(tmp_path, config)
+    model, facts = pyllama.load(tmp_path, "cpu"), inspect(tmp_path).model
+    assert facts is not None
+    assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+    idle = sum(
+        weight[0].numel() * (layer.ffn.config.num_experts - layer.ffn.config.top_k)
+        for layer in model.layers
+        if isinstance(layer.ffn, MoE)
+        for weight in (layer.ffn.gate_up, layer.ffn.down)
+    )
+    assert facts.active_parameters == facts.parameters - idle
+    assert facts.dtype == "F32"
+    cache = PagedCache(model.config, 1, "cpu", torch.float32)
+    assert facts.cache_bytes_per_token * PAGE_SIZE == sum(layer.nbytes for layer in cache.layers)

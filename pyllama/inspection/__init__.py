@@ -1,0 +1,115 @@
+"""`pyllama inspect`: what a checkpoint consists of, from its headers and its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_safetensors_metadata
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+from pyllama.architectures.reader import ConfigError
+from pyllama.bench.work import active_parameters, token_flops
+from pyllama.cache import PAGE_SIZE, bytes_per_page
+from pyllama.checkpoint import DTYPES, Checkpoint, TensorInfo
+from pyllama.files import CheckpointError
+from pyllama.inspection.tree import Node, tree
+from pyllama.loader import CONFIG_FILES, download, empty_model, local_folder, read_folder
+from pyllama.weights import plan
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What follows from the configuration of a model that pyllama runs."""
+
+    layers: int
+    max_positions: int
+    dtype: str  # of most of the weights
+    parameters: int  # that it computes with
+    active_parameters: int  # of them, those that serve one token: all but the experts that it does not choose
+    embedding_parameters: int
+    tied: bool  # the head is the embedding
+    cache_bytes_per_token: int  # in `dtype`
+    flops_per_token: int  # of a new token, in products with weights, the head's included
+    flops_per_token_seen: int  # and in attention, for each token that it sees
+
+
+@dataclass(frozen=True)
+class Inspection:
+    source: str
+    files: int
+    tensors: int
+    dtypes: dict[str, int]  # bytes by data type
+    root: Node
+    model: ModelFacts | None
+    problem: str | None  # why there are no facts of a model
+
+
+def inspect(source: str | Path, ignore_config_keys: Iterable[str] = ()) -> Inspection:
+    """Reads headers and configuration of a checkpoint; no weights.
+
+    source: a folder, a file of weights (*.safetensors, or *.bin, *.pth, *.pt that hold nothing but tensors), a Hub id
+    (of a repository with safetensors, whose headers alone are fetched), or "demo". It need not be a model that pyllama
+    runs. ignore_config_keys: as in `load`. Raises FileNotFoundError and CheckpointError as `load` does.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        folder, tensors = path.parent, _headers(path)
+    elif (local := local_folder(source)) is not None:
+        folder, tensors = local, _headers(local)
+    else:
+        folder, tensors = download(str(source), CONFIG_FILES), _headers_of_hub(str(source))
+    dtypes: dict[str, int] = {}
+    for info in tensors.values():
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.bytes
+    model, problem = None, None
+    try:
+        model = _facts(folder, tensors, ignore_config_keys)
+    except (ConfigError, CheckpointError, FileNotFoundError) as error:
+        problem = str(error)
+    files = {file for info in tensors.values() for file in info.files}
+    return Inspection(str(source), len(files), len(tensors), dtypes, tree(tensors), model, problem)
+
+
+def _headers(path: Path) -> Mapping[str, TensorInfo]:
+    with Checkpoint.open(path) as checkpoint:
+        return checkpoint.tensors
+
+
+def _headers_of_hub(repo: str) -> Mapping[str, TensorInfo]:
+    try:
+        metadata = get_safetensors_metadata(repo)
+    except NotASafetensorsRepoError as error:
+        raise FileNotFoundError(
+            f"{repo} has no safetensors, whose headers could be fetched alone: download its files of weights and give "
+            "the folder"
+        ) from error
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{repo}: {error}") from error
+    return {
+        name: TensorInfo((file,), tuple(info.shape), info.dtype)
+        for file, content in metadata.files_metadata.items()
+        for name, info in content.tensors.items()
+    }
+
+
+def _facts(folder: Path, tensors: Mapping[str, TensorInfo], ignore_config_keys: Iterable[str]) -> ModelFacts:
+    _, config, table = read_folder(folder, ignore_config_keys)
+    model = empty_model(config, len(tensors))
+    parameters = dict(model.named_parameters())
+    plan(table, {name: parameter.shape for name, parameter in parameters.items()}, tensors)
+    dtype = Checkpoint(folder, {}, tensors).dtype
+    per_token, per_token_seen = token_flops(model)
+    return ModelFacts(
+        layers=len(config.layers),
+        max_positions=config.max_positions,
+        dtype=next(name for name, known in DTYPES.items() if known == dtype),
+        parameters=sum(parameter.numel() for parameter in parameters.values()),
+        active_parameters=round(active_parameters(model)),
+        embedding_parameters=model.embedding.weight.numel(),
+        tied=config.tie_embeddings,
+        cache_bytes_per_token=bytes_per_page(config, dtype) // PAGE_SIZE,
+        flops_per_token=per_token,
+        flops_per_token_seen=per_token_seen,
+    )
