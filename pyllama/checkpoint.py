@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pyllama.files import CheckpointError, check_file, damaged, few, printable
-from pyllama.torch_file import MAX_HEADER, NAMES, load_state_dict
+from pyllama.torch_file import MAX_HEADER, NAMES, load_state_dict, read_headers
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 2**25  # bytes; DeepSeek-V3's has 9 MB
@@ -30,6 +30,8 @@ MAX_INDEX = 2**25  # bytes; DeepSeek-V3's has 9 MB
 # Of safetensors' names those that are weights as they are. Other types come with scales.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT8 = "F8_E4M3"
+
+_DTYPE = re.compile(r"(BF|F|I|U|C)[1-9]\d{0,2}(_\w+)?|BOOL")  # any of safetensors' names
 
 Headers = dict[str, tuple[tuple[int, ...], str]]  # of each tensor in a file: shape, data type
 
@@ -88,10 +90,11 @@ class Checkpoint:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path) -> Iterator[Checkpoint]:
+    def open(cls, folder: Path, headers_only: bool = False) -> Iterator[Checkpoint]:
         """Opens the files of a folder, or the one file that `folder` is, and checks their headers.
 
-        Raises CheckpointError for missing, damaged and unsafe files, MemoryError for one too large to be mapped.
+        headers_only: nothing is mapped, so files may be larger than memory, and no tensor can be read. Raises
+        CheckpointError for missing, damaged and unsafe files, MemoryError for one too large to be mapped.
         """
         found = find_files(folder)
         folder = folder.parent if folder.is_file() else folder
@@ -100,7 +103,7 @@ class Checkpoint:
             tensors: dict[str, TensorInfo] = {}
             for name in found.names:
                 check_file(folder / name)
-                files[name] = found.layout.open(folder / name, stack)
+                files[name] = found.layout.open(folder / name, None if headers_only else stack)
                 for tensor, header in files[name].headers.items():
                     tensors[tensor] = _with_piece(tensors.get(tensor), tensor, TensorInfo((name,), *header), found)
             if partial := [name for name, info in tensors.items() if 1 < len(info.files) < len(found.names)]:
@@ -146,25 +149,54 @@ def _with_piece(known: TensorInfo | None, name: str, piece: TensorInfo, found: F
     return replace(known, files=known.files + piece.files)
 
 
-def _open_safetensors(file: Path, stack: ExitStack) -> Source:
+def _open_safetensors(file: Path, stack: ExitStack | None) -> Source:
     size = file.stat().st_size
+    reader, descriptor = None, -1
     try:
-        opened = stack.enter_context(file.open("rb"))
-        length = int.from_bytes(opened.read(8), "little")
-        if size >= length > MAX_HEADER:
-            raise ValueError(f"its header of {length:,} bytes is larger than {MAX_HEADER:,}")
-        reader = stack.enter_context(safe_open(file, framework="pt"))
-        header = json.loads(opened.read(length), object_pairs_hook=_without_duplicates)
+        with ExitStack() as here:
+            opened = (stack or here).enter_context(file.open("rb"))
+            length = int.from_bytes(opened.read(8), "little")
+            if size >= length > MAX_HEADER:
+                raise ValueError(f"its header of {length:,} bytes is larger than {MAX_HEADER:,}")
+            if stack is None:  # the library would check this, and what `_check_places` does
+                if length > size - 8:
+                    raise ValueError(f"its header of {length:,} bytes does not fit")
+            else:
+                reader, descriptor = stack.enter_context(safe_open(file, framework="pt")), opened.fileno()
+            header = json.loads(opened.read(length), object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         headers = {name: (tuple(values["shape"]), values["dtype"]) for name, values in header.items()}
         if wrong := [name for name, (shape, _) in headers.items() if any(n >= 2**63 for n in shape)]:
             raise ValueError(f"{few(wrong)} of impossible sizes")
-    except (SafetensorError, OSError, ValueError) as error:
+        if stack is None:
+            _check_places(header, size - 8 - length)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(file, "safetensors file", error) from error
     except RuntimeError as error:  # Linux maps no file that is larger than the main memory
         raise MemoryError(f"{file} ({size:,} bytes) cannot be mapped: {error}") from error
     offsets = {name: 8 + length + values["data_offsets"][0] for name, values in header.items()}
-    return Source(file, headers, reader.get_tensor, opened.fileno(), offsets)
+    return Source(file, headers, _read_nothing if reader is None else reader.get_tensor, descriptor, offsets)
+
+
+def _check_places(header: dict[str, Any], size: int) -> None:
+    """Raises ValueError where the tensors are not end to end, from the beginning of `size` bytes to their end, or are
+    not as large as their shapes say."""
+    end = 0
+    for name, values in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = values["data_offsets"]
+        shape, dtype = values["shape"], values["dtype"]
+        numbers = all(type(n) is int and n >= 0 for n in (start, stop, *shape))
+        if not numbers or not _DTYPE.fullmatch(dtype):
+            raise ValueError(f"{printable(name)} has no place, shape and type of a tensor")
+        if start != end or stop - start != TensorInfo(("",), tuple(shape), dtype).bytes:
+            raise ValueError(f"{printable(name)} is not where its neighbours end, or not as large as its shape")
+        end = stop
+    if end != size:
+        raise ValueError(f"its tensors take {end:,} bytes, but there are {size:,}")
+
+
+def _read_nothing(name: str) -> Tensor:
+    raise RuntimeError(f"{printable(name)} cannot be read: only headers were opened")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -174,7 +206,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _open_torch(file: Path, stack: ExitStack) -> Source:
+def _open_torch(file: Path, stack: ExitStack | None) -> Source:
+    if stack is None:
+        _, found = read_headers(file)
+        return Source(
+            file, {name: (stored.shape, NAMES[stored.dtype]) for name, stored in found.items()}, _read_nothing
+        )
     tensors = load_state_dict(file)
     headers = {name: (tuple(tensor.shape), NAMES[tensor.dtype]) for name, tensor in tensors.items()}
     return Source(file, headers, tensors.__getitem__)
@@ -187,7 +224,7 @@ class Layout:
     whole: str  # a checkpoint in one file; its index has ".index.json" appended
     by_rank: re.Pattern[str]  # the file of rank `rank`, of `ranks` where the name says so
     patterns: tuple[str, ...]
-    open: Callable[[Path, ExitStack], Source]
+    open: Callable[[Path, ExitStack | None], Source]  # None: headers only
 
     @property
     def index(self) -> str:

@@ -66,11 +66,11 @@ class Stored:
     dtype: torch.dtype
 
 
-def load_state_dict(file: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict, memory-mapped. It may lie one level deep, beside a training's other state.
+def read_headers(file: Path) -> tuple[str | None, dict[str, Stored]]:
+    """The tensors of a state dict, which may lie one level deep, beside a training's other state; and the key it lies
+    under. Neither torch nor the data are asked.
 
-    Raises CheckpointError where the file is damaged, is in another format, or is more than a state dict, and
-    MemoryError where it is too large to be mapped.
+    Raises CheckpointError where the file is damaged, is in another format, or is more than a state dict.
     """
     with file.open("rb") as opened:
         records = _records(file, opened)
@@ -82,7 +82,15 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
             opened.seek(start)
             if opened.read(min(size, 8)) != b"little":
                 raise CheckpointError(f"{file} was written on a machine of another byte order, and cannot be mapped")
-    wrapper, found = _weights(file, content)
+    return _weights(file, content)
+
+
+def load_state_dict(file: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict, memory-mapped.
+
+    Raises CheckpointError as `read_headers` does, and MemoryError where the file is too large to be mapped.
+    """
+    wrapper, found = read_headers(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         loaded = loaded if wrapper is None else loaded[wrapper]

@@ -338,3 +338,34 @@ def test_safetensors_with_impossible_headers_are_named(header: str, message: str
     safetensors_file(tmp_path, header, b"1234")
     with pytest.raises(CheckpointError, match=rf"is not a complete safetensors file: .*{message}"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data_offsets": [4, 28]}, "b is not where its neighbours end"),
+        ({"data_offsets": [24, 44]}, "b is not where its neighbours end, or not as large as its shape"),
+        ({"shape": [7]}, "b is not where its neighbours end, or not as large as its shape"),
+        ({"shape": [-6]}, "b has no place, shape and type of a tensor"),
+        ({"dtype": "X32"}, "b has no place, shape and type of a tensor"),
+        ({"dtype": "F32", "shape": [6, 2], "data_offsets": [24, 72]}, "its tensors take 72 bytes, but there are 48"),
+    ],
+)
+def test_headers_alone_are_checked(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    entries = {
+        "a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]},
+        "b": {"dtype": "F32", "shape": [6], "data_offsets": [24, 48]},
+    }
+
+    def headers() -> dict[str, tuple[int, ...]]:
+        text = json.dumps(entries).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(48))
+        with Checkpoint.open(tmp_path, headers_only=True) as checkpoint:
+            with pytest.raises(RuntimeError, match="a cannot be read: only headers were opened"):
+                checkpoint.read("a")
+            return {name: info.shape for name, info in checkpoint.tensors.items()}
+
+    assert headers() == {"a": (6,), "b": (6,)}
+    entries["b"] |= change
+    with pytest.raises(CheckpointError, match=f"is not a complete safetensors file: ({reason})"):
+        headers()

@@ -73,7 +73,7 @@ def inspect(source: str | Path, ignore_config_keys: Iterable[str] = ()) -> Inspe
 
 
 def _headers(path: Path) -> Mapping[str, TensorInfo]:
-    with Checkpoint.open(path) as checkpoint:
+    with Checkpoint.open(path, headers_only=True) as checkpoint:
         return checkpoint.tensors
 
 
