@@ -31,7 +31,9 @@ MAX_INDEX = 2**25  # bytes; DeepSeek-V3's has 9 MB
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT8 = "F8_E4M3"
 
-_DTYPE = re.compile(r"(BF|F|I|U|C)[1-9]\d{0,2}(_\w+)?|BOOL")  # any of safetensors' names
+_DTYPES = {"BOOL", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+_DTYPES |= {"BF16", *(f"{kind}{bits}" for kind in "FIU" for bits in (8, 16, 32, 64))} - {"F8"}  # all of safetensors'
+MAX_DIMENSIONS = 64  # more than torch takes
 
 Headers = dict[str, tuple[tuple[int, ...], str]]  # of each tensor in a file: shape, data type
 
@@ -158,7 +160,7 @@ def _open_safetensors(file: Path, stack: ExitStack | None) -> Source:
             length = int.from_bytes(opened.read(8), "little")
             if size >= length > MAX_HEADER:
                 raise ValueError(f"its header of {length:,} bytes is larger than {MAX_HEADER:,}")
-            if stack is None:  # the library would check this, and what `_check_places` does
+            if stack is None:  # the library would check this, and what `check_header` does
                 if length > size - 8:
                     raise ValueError(f"its header of {length:,} bytes does not fit")
             else:
@@ -169,7 +171,7 @@ def _open_safetensors(file: Path, stack: ExitStack | None) -> Source:
         if wrong := [name for name, (shape, _) in headers.items() if any(n >= 2**63 for n in shape)]:
             raise ValueError(f"{few(wrong)} of impossible sizes")
         if stack is None:
-            _check_places(header, size - 8 - length)
+            check_header(header, size - 8 - length)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(file, "safetensors file", error) from error
     except RuntimeError as error:  # Linux maps no file that is larger than the main memory
@@ -178,20 +180,20 @@ def _open_safetensors(file: Path, stack: ExitStack | None) -> Source:
     return Source(file, headers, _read_nothing if reader is None else reader.get_tensor, descriptor, offsets)
 
 
-def _check_places(header: dict[str, Any], size: int) -> None:
-    """Raises ValueError where the tensors are not end to end, from the beginning of `size` bytes to their end, or are
-    not as large as their shapes say."""
+def check_header(header: dict[str, Any], size: int | None) -> None:
+    """Raises ValueError, or what strange types raise, where the tensors are not end to end, from the beginning of
+    `size` bytes to their end, or are not as large as their shapes say. size: None where nobody knows."""
     end = 0
     for name, values in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = values["data_offsets"]
         shape, dtype = values["shape"], values["dtype"]
-        numbers = all(type(n) is int and n >= 0 for n in (start, stop, *shape))
-        if not numbers or not _DTYPE.fullmatch(dtype):
+        numbers = all(type(n) is int and 0 <= n < 2**63 for n in (start, stop, *shape))
+        if not numbers or dtype not in _DTYPES or len(shape) > MAX_DIMENSIONS:
             raise ValueError(f"{printable(name)} has no place, shape and type of a tensor")
         if start != end or stop - start != TensorInfo(("",), tuple(shape), dtype).bytes:
             raise ValueError(f"{printable(name)} is not where its neighbours end, or not as large as its shape")
         end = stop
-    if end != size:
+    if size not in (None, end):
         raise ValueError(f"its tensors take {end:,} bytes, but there are {size:,}")
 
 

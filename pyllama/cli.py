@@ -265,10 +265,7 @@ def inspect_command(
     """
     with _one_line_errors():
         inspection = inspect(source, ignore_config_key or ())
-    if json_:
-        typer.echo(json.dumps(asdict(inspection)))
-    else:
-        typer.echo("\n".join(lines(inspection)))
+        typer.echo(json.dumps(asdict(inspection)) if json_ else "\n".join(lines(inspection)))
 
 
 def _options(**options: Any) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _config_values(folder: Path) -> tuple[dict[str, Any], str]:
             "so it is not one in Meta's"
         )
     if values.get("vocab_size", -1) == -1:  # Llama 1 and 2 leave it to their tokenizer
-        with Checkpoint.open(folder) as checkpoint:
+        with Checkpoint.open(folder, headers_only=True) as checkpoint:
             embedding = checkpoint.tensors.get("tok_embeddings.weight")
         if embedding is not None:  # in pieces of dimensions; those of tokens came with Llama 3, which says the size
             values["vocab_size"] = embedding.shape[0]

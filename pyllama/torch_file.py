@@ -14,6 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,8 @@ def _tensor(
 ) -> Stored:
     """As torch's `_rebuild_tensor_v3`; raises where the tensor is not within its storage."""
     size = storage.size * storage.dtype.itemsize // dtype.itemsize
-    if metadata or not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *strides)):
+    numbers = all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *strides))
+    if metadata or not numbers or len(shape) > 64 or prod(shape) >= 2**63:
         raise ValueError("a tensor of impossible sizes")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if 0 not in shape and last >= size:

@@ -170,17 +170,33 @@ print(found.root.parameters, found.model and found.model.parameters)
 
 
 def test_of_what_is_inspected_headers_alone_are_fetched(hub: Hub, tmp_path: Path) -> None:
-    (hub.folder / "consolidated.safetensors").unlink()
     result = run(INSPECT, tmp_path / "cache", hub.address)
-    tensors = load_file(hub.folder / "model.safetensors").values()
-    count = sum(tensor.numel() for tensor in tensors)
-    assert result.stdout == f"{count} {count}\n", result.stderr
-    assert "model.safetensors" not in hub.downloads
+    count = sum(tensor.numel() for tensor in load_file(hub.folder / "model.safetensors").values())
+    expected = f"{count} {count}\n"
+    assert result.stdout == expected, result.stderr
+    assert hub.downloads == ["config.json"]
     assert set(hub.parts) == {"model.safetensors"}
 
+    load("owner/model", tmp_path / "cache", hub.address)  # after which all is here
+    for address, environment in (("http://127.0.0.1:9", {"HF_HUB_OFFLINE": "1"}), (hub.address, {})):
+        assert run(INSPECT, tmp_path / "cache", address, **environment).stdout == expected
+    assert hub.parts == ["model.safetensors"]
+
+
+def test_headers_that_cannot_be_fetched(hub: Hub, tmp_path: Path) -> None:
+    assert run(INSPECT, tmp_path / "cache", hub.address).returncode == 0
+    offline = run(INSPECT, tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert "FileNotFoundError: the headers of owner/model cannot be fetched: " in last_line(offline)
+    (hub.folder / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b'{"a":{"dtype":1}')
+    result = run(INSPECT, tmp_path / "cache", hub.address)
+    assert "CheckpointError: the headers of owner/model are damaged: " in last_line(result)
+    header = b'{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,-16]}}'
+    (hub.folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    result = run(INSPECT, tmp_path / "cache", hub.address)
+    assert "are damaged: a has no place, shape and type of a tensor" in last_line(result)
     (hub.folder / "model.safetensors").unlink()
     result = run(INSPECT, tmp_path / "cache", hub.address)
-    assert "owner/model has no safetensors, whose headers could be fetched alone: download" in last_line(result)
+    assert "owner/model has no model.safetensors and no index of such files, whose headers" in last_line(result)
 
 
 def last_line(result: subprocess.CompletedProcess[str]) -> str:

@@ -110,14 +110,42 @@ def test_structures_that_differ_stay_apart(tmp_path: Path) -> None:
     assert nodes["norm.weight"].shape == nodes["norm.norm"].shape == (3,)
 
 
-def test_names_from_anybody(tmp_path: Path) -> None:
-    names = {"a" + ".b" * 100_000: 2, "\x1b[31mred.weight": 2, "": 1, ".": 1}
+def test_a_layer_in_two_files_is_as_the_others(tmp_path: Path) -> None:
+    """Whatever the order in which its parts are met."""
+    parts = ("attention.q", "attention.k", "mlp.up", "mlp.down")
+    tensors = {f"layers.{i}.{part}": torch.zeros(2, 3) for i in range(3) for part in parts}
+    first = {name: tensors[name] for name in ("layers.1.mlp.up", "layers.0.mlp.down", "layers.2.attention.k")}
+    write(tmp_path, first, {name: tensor for name, tensor in tensors.items() if name not in first})
+    assert [node.name for node in inspect(tmp_path).root.children] == ["layers.0-2"]
+
+
+def test_names_and_texts_from_anybody(tmp_path: Path) -> None:
+    names = {"a" + ".b" * 100_000: 2, "\x1b[31mred.weight": 2, "": 1, ".": 1, "9" * 5_000: 3, "01": 1, "\u0663": 1}
     write_headers(tmp_path / "x.safetensors", {name: ("F32", (size,)) for name, size in names.items()})
-    found = inspect(tmp_path / "x.safetensors")
-    assert found.root.parameters == 6
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["\x1b[31m\n"]}))
+    found = inspect(tmp_path)
+    assert found.root.parameters == 11
     shown = "\n".join(lines(found))
     assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) < 1000
+
+
+@pytest.mark.parametrize("shape", [(2**62,) * 40 + (0,), (0,) * 1000, (2**62, 4, 0)], ids=len)
+def test_impossible_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    if len(shape) > 64:
+        with pytest.raises(CheckpointError, match="a has no place, shape and type of a tensor"):
+            inspect(tmp_path)
+    else:
+        assert all(len(line) < 300 for line in lines(inspect(tmp_path)))
+
+
+def test_no_tensors_at_all(tmp_path: Path) -> None:
+    save({}, tmp_path / "x.safetensors")
+    found = inspect(tmp_path)
+    assert (found.tensors, found.root.bytes) == (0, 0)
+    assert list(lines(found))[-1].startswith("all")
 
 
 @pytest.mark.parametrize("by_rank", [False, True])
@@ -217,11 +245,11 @@ def test_the_command(tmp_path: Path) -> None:
     save(tensors | {"bias": torch.zeros(2, dtype=torch.float16)}, tmp_path / "model.safetensors")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "model.safetensors")])
     assert result.exit_code == 0, result.output
-    first, *_, head, layers, bias, whole = (re.split(r"\s{2,}", line) for line in result.stdout.splitlines())
+    first, *_, head, bias, layers, whole = (re.split(r"\s{2,}", line) for line in result.stdout.splitlines())
     assert first == ["source", str(tmp_path / "model.safetensors")]
     assert head == ["module", "number", "shape", "type", "parameters", "bytes", "share"]
-    assert layers == ["├─ layers.0-2.weight", "3", "300 x 20", "F32", "18,000", "72 kB", "100.0%"]
-    assert bias == ["└─ bias", "2", "F16", "2", "4 B", "0.0%"]
+    assert layers == ["└─ layers.0-2.weight", "3", "300 x 20", "F32", "18,000", "72 kB", "100.0%"]
+    assert bias == ["├─ bias", "2", "F16", "2", "4 B", "0.0%"]
     assert whole == ["all", "18,002", "72 kB", "100.0%"]
     result = CliRunner().invoke(app, ["inspect", "demo", "--json"])
     found = json.loads(result.stdout)

@@ -12,10 +12,11 @@ from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingE
 from pyllama.architectures.reader import ConfigError
 from pyllama.bench.work import active_parameters, token_flops
 from pyllama.cache import PAGE_SIZE, bytes_per_page
-from pyllama.checkpoint import DTYPES, Checkpoint, TensorInfo
-from pyllama.files import CheckpointError
-from pyllama.inspection.tree import Node, tree
-from pyllama.loader import CONFIG_FILES, download, empty_model, local_folder, read_folder
+from pyllama.checkpoint import DTYPES, Checkpoint, TensorInfo, check_header
+from pyllama.config import GQAConfig
+from pyllama.files import CheckpointError, few, printable
+from pyllama.inspection.tree import Node, tree_of
+from pyllama.loader import download, empty_model, local_folder, read_folder
 from pyllama.weights import plan
 
 
@@ -33,6 +34,7 @@ class ModelFacts:
     cache_bytes_per_token: int  # in `dtype`
     flops_per_token: int  # of a new token, in products with weights, the head's included
     flops_per_token_seen: int  # and in attention, for each token that it sees
+    windows: int  # layers that see no further than a window
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ def inspect(source: str | Path, ignore_config_keys: Iterable[str] = ()) -> Inspe
     """Reads headers and configuration of a checkpoint; no weights.
 
     source: a folder, a file of weights (*.safetensors, or *.bin, *.pth, *.pt that hold nothing but tensors), a Hub id
-    (of a repository with safetensors, whose headers alone are fetched), or "demo". It need not be a model that pyllama
-    runs. ignore_config_keys: as in `load`. Raises FileNotFoundError and CheckpointError as `load` does.
+    (of a repository with safetensors, of whose weights the headers alone are fetched), or "demo". It need not be a
+    model that pyllama runs. Tensors that share memory in a file of torch.save count each; of files for each rank every
+    piece counts. ignore_config_keys: as in `load`. Raises FileNotFoundError and CheckpointError as `load` does.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -59,7 +62,11 @@ def inspect(source: str | Path, ignore_config_keys: Iterable[str] = ()) -> Inspe
     elif (local := local_folder(source)) is not None:
         folder, tensors = local, _headers(local)
     else:
-        folder, tensors = download(str(source), CONFIG_FILES), _headers_of_hub(str(source))
+        folder = download(str(source), ["config.json", "params.json"])
+        try:
+            tensors = _headers(folder)  # where `load` has downloaded it
+        except CheckpointError:
+            tensors = _headers_of_hub(str(source))
     dtypes: dict[str, int] = {}
     for info in tensors.values():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.bytes
@@ -69,7 +76,7 @@ def inspect(source: str | Path, ignore_config_keys: Iterable[str] = ()) -> Inspe
     except (ConfigError, CheckpointError, FileNotFoundError) as error:
         problem = str(error)
     files = {file for info in tensors.values() for file in info.files}
-    return Inspection(str(source), len(files), len(tensors), dtypes, tree(tensors), model, problem)
+    return Inspection(str(source), len(files), len(tensors), dtypes, tree_of(tensors), model, problem)
 
 
 def _headers(path: Path) -> Mapping[str, TensorInfo]:
@@ -80,18 +87,23 @@ def _headers(path: Path) -> Mapping[str, TensorInfo]:
 def _headers_of_hub(repo: str) -> Mapping[str, TensorInfo]:
     try:
         metadata = get_safetensors_metadata(repo)
+        tensors: dict[str, TensorInfo] = {}
+        for file, content in metadata.files_metadata.items():
+            header = {name: vars(info) for name, info in content.tensors.items()}
+            check_header(header, None)
+            if twice := header.keys() & tensors.keys():
+                raise ValueError(f"{few(twice)} in {file} and in another file")
+            tensors |= {n: TensorInfo((file,), tuple(info["shape"]), info["dtype"]) for n, info in header.items()}
     except NotASafetensorsRepoError as error:
         raise FileNotFoundError(
-            f"{repo} has no safetensors, whose headers could be fetched alone: download its files of weights and give "
-            "the folder"
+            f"{repo} has no model.safetensors and no index of such files, whose headers could be fetched alone: "
+            "download its weights and give the folder"
         ) from error
-    except SafetensorsParsingError as error:
-        raise CheckpointError(f"{repo}: {error}") from error
-    return {
-        name: TensorInfo((file,), tuple(info.shape), info.dtype)
-        for file, content in metadata.files_metadata.items()
-        for name, info in content.tensors.items()
-    }
+    except (SafetensorsParsingError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the headers of {repo} are damaged: {printable(str(error))}") from error
+    except Exception as error:  # of the network, whose libraries share no other class
+        raise FileNotFoundError(f"the headers of {repo} cannot be fetched: {' '.join(str(error).split())}") from error
+    return tensors
 
 
 def _facts(folder: Path, tensors: Mapping[str, TensorInfo], ignore_config_keys: Iterable[str]) -> ModelFacts:
@@ -101,6 +113,7 @@ def _facts(folder: Path, tensors: Mapping[str, TensorInfo], ignore_config_keys: 
     plan(table, {name: parameter.shape for name, parameter in parameters.items()}, tensors)
     dtype = Checkpoint(folder, {}, tensors).dtype
     per_token, per_token_seen = token_flops(model)
+    attentions = [layer.attention for layer in config.layers]
     return ModelFacts(
         layers=len(config.layers),
         max_positions=config.max_positions,
@@ -112,4 +125,5 @@ def _facts(folder: Path, tensors: Mapping[str, TensorInfo], ignore_config_keys: 
         cache_bytes_per_token=bytes_per_page(config, dtype) // PAGE_SIZE,
         flops_per_token=per_token,
         flops_per_token_seen=per_token_seen,
+        windows=sum(isinstance(a, GQAConfig) and a.window is not None for a in attentions),
     )

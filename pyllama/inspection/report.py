@@ -12,6 +12,12 @@ COLUMNS = ("module", "number", "shape", "type", "parameters", "bytes", "share")
 
 
 def lines(inspection: Inspection) -> Iterator[str]:
+    """Names and messages may have come from anybody: nothing of them steers a terminal."""
+    for line in _lines(inspection):
+        yield "".join(character if character.isprintable() else "\ufffd" for character in line)
+
+
+def _lines(inspection: Inspection) -> Iterator[str]:
     facts = list(_facts(inspection))
     width = max(len(name) for name, _ in facts)
     yield from (f"{name:{width}}  {value}" for name, value in facts)
@@ -33,7 +39,7 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "files", f"{_count(inspection.files, 'file')}, {_count(inspection.tensors, 'tensor')}, {_size(root.bytes)}"
     yield "types", types
     if model is None:
-        yield "parameters", f"{root.parameters:,} in the files"
+        yield "parameters", f"{root.parameters:,} floating-point numbers in the files; packed integers are not counted"
         yield "no model", f"that pyllama runs: {inspection.problem}"
         return
     yield "parameters", f"{model.parameters:,}"
@@ -45,8 +51,9 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "embedding", f"{model.embedding_parameters:,} ({share}), {tied}"
     yield "layers, context", f"{model.layers}, {model.max_positions:,} tokens"
     yield "cache per token", f"{_size(model.cache_bytes_per_token)} in {model.dtype}"
-    flops = f"{_scaled(model.flops_per_token, 1000)}FLOP, and {_scaled(model.flops_per_token_seen, 1000)}FLOP"
-    yield "work per token", f"{flops} for each token that it sees"
+    seen = f"{_scaled(model.flops_per_token_seen)}FLOP for each token that it sees"
+    windows = f", within a window in {model.windows} of the layers" if model.windows else ""
+    yield "work per token", f"{_scaled(model.flops_per_token)}FLOP, and {seen}{windows}"
 
 
 def _tree(nodes: tuple[Node, ...], indent: str = "") -> Iterator[tuple[str, Node]]:
@@ -58,7 +65,7 @@ def _tree(nodes: tuple[Node, ...], indent: str = "") -> Iterator[tuple[str, Node
 
 
 def _cells(node: Node, total: int) -> tuple[str, ...]:
-    shape = "" if node.shape is None else " x ".join(map(str, node.shape)) or "scalar"
+    shape = "" if node.shape is None else printable(" x ".join(map(str, node.shape))) or "scalar"
     number = f"{node.count:,}" if node.count > 1 else ""
     counts = f"{node.parameters:,}", _size(node.bytes), _share(node.bytes, total)
     return number, shape, printable(node.dtype or ""), *counts
@@ -73,13 +80,13 @@ def _share(part: int, whole: int) -> str:
 
 
 def _size(size: int) -> str:
-    return f"{_scaled(size, 1000)}B"
+    return f"{_scaled(size)}B"
 
 
-def _scaled(number: float, base: int) -> str:
+def _scaled(number: float) -> str:
     """With a prefix of the SI, in three digits."""
     for prefix in ("", "k", "M", "G", "T"):
-        if number < 999.5 or prefix == "T":
-            return f"{number:.3g} {prefix}" if number < 1000 else f"{number:,.0f} {prefix}"
-        number /= base
-    raise AssertionError
+        if number < 999.5:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:,.3g} P"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -9,6 +10,7 @@ from typing import Any
 
 from pyllama.checkpoint import TensorInfo
 
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 MAX_DEPTH = 32  # of modules; a name may come from anybody, and could have a million
 
 
@@ -31,8 +33,8 @@ class _Module:
     children: dict[str, _Module] = field(default_factory=dict)
 
 
-def tree(tensors: Mapping[str, TensorInfo]) -> Node:
-    """The root, whose name is empty. Numbered modules are in the order of their numbers, others in the files'."""
+def tree_of(tensors: Mapping[str, TensorInfo]) -> Node:
+    """The root, whose name is empty. Modules are in the order of their names, then of their numbers."""
     root = _Module()
     for name, info in tensors.items():
         module = root
@@ -43,13 +45,13 @@ def tree(tensors: Mapping[str, TensorInfo]) -> Node:
 
 
 def _node(name: str, module: _Module) -> Node:
-    leaves = [] if module.tensor is None else [_leaf(name, module.tensor)]
-    numbered = sorted((part for part in module.children if part.isdecimal()), key=int)
-    named = [part for part in module.children if not part.isdecimal()]
-    parts = [_node(part, module.children[part]) for part in (*named, *numbered)]
-    children = [*leaves, *_folded(parts)] if parts else []
-    if not parts:
-        return leaves[0]
+    if module.tensor is not None and not module.children:
+        return _leaf(name, module.tensor)
+    numbered = sorted(filter(_NUMBER.fullmatch, module.children), key=int)
+    named = sorted(module.children.keys() - numbered)
+    children = _folded(_node(part, module.children[part]) for part in (*named, *numbered))
+    if module.tensor is not None:
+        children.insert(0, _leaf(name, module.tensor))
     if len(children) == 1 and name:  # one step deeper without a line of its own
         return replace(children[0], name=f"{name}.{children[0].name}")
     total = sum(child.parameters for child in children), sum(child.bytes for child in children)
@@ -65,7 +67,7 @@ def _folded(nodes: Iterable[Node]) -> list[Node]:
     groups: dict[Any, list[Node]] = {}
     for node in nodes:
         first, dot, rest = node.name.partition(".")
-        groups.setdefault((_structure(node), rest) if first.isdecimal() else (node.name, dot), []).append(node)
+        groups.setdefault((_structure(node), rest) if _NUMBER.fullmatch(first) else (node.name, dot), []).append(node)
     return [group[0] if len(group) == 1 else _joined(group, True) for group in groups.values()]
 
 
