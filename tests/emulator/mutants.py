@@ -312,7 +312,6 @@ MUTANTS = [
         ("logits are not rounded", "float(T(logit))", "logit"),
         ("NaN as its sign has it", "logit != logit", "false"),
         ("logits read before they are there", "    __syncthreads();\n    if (token", "    if (token"),
-        ("rows past the vocabulary", "min(skinny::rows, p.F - first)", "skinny::rows"),
         ("what was best stays", "atomicExch(choice.best_T + token, 0ull)", "choice.best_T[token]"),
         ("tokens of the first half of the columns alone", "if (token < p.tokens) {", "if (token < min(p.tokens, 8)) {"),
     ),
