@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pyllama.files import CheckpointError, check_file, damaged, few, printable
-from pyllama.torch_file import MAX_HEADER, NAMES, load_state_dict, read_headers
+from pyllama.torch_file import MAX_DIMENSIONS, MAX_HEADER, NAMES, Stored, load_state_dict, read_headers
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 2**25  # bytes; DeepSeek-V3's has 9 MB
@@ -33,7 +33,6 @@ FLOAT8 = "F8_E4M3"
 
 _DTYPES = {"BOOL", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 _DTYPES |= {"BF16", *(f"{kind}{bits}" for kind in "FIU" for bits in (8, 16, 32, 64))} - {"F8"}  # all of safetensors'
-MAX_DIMENSIONS = 64  # more than torch takes
 
 Headers = dict[str, tuple[tuple[int, ...], str]]  # of each tensor in a file: shape, data type
 
@@ -105,7 +104,7 @@ class Checkpoint:
             tensors: dict[str, TensorInfo] = {}
             for name in found.names:
                 check_file(folder / name)
-                files[name] = found.layout.open(folder / name, None if headers_only else stack)
+                files[name] = found.layout.open(folder / name, stack, headers_only)
                 for tensor, header in files[name].headers.items():
                     tensors[tensor] = _with_piece(tensors.get(tensor), tensor, TensorInfo((name,), *header), found)
             if partial := [name for name, info in tensors.items() if 1 < len(info.files) < len(found.names)]:
@@ -151,33 +150,31 @@ def _with_piece(known: TensorInfo | None, name: str, piece: TensorInfo, found: F
     return replace(known, files=known.files + piece.files)
 
 
-def _open_safetensors(file: Path, stack: ExitStack | None) -> Source:
+def _open_safetensors(file: Path, stack: ExitStack, headers_only: bool) -> Source:
     size = file.stat().st_size
-    reader, descriptor = None, -1
+    read: Callable[[str], Tensor] = _read_nothing
     try:
-        with ExitStack() as here:
-            opened = (stack or here).enter_context(file.open("rb"))
-            length = int.from_bytes(opened.read(8), "little")
-            if size >= length > MAX_HEADER:
-                raise ValueError(f"its header of {length:,} bytes is larger than {MAX_HEADER:,}")
-            if stack is None:  # the library would check this, and what `check_header` does
-                if length > size - 8:
-                    raise ValueError(f"its header of {length:,} bytes does not fit")
-            else:
-                reader, descriptor = stack.enter_context(safe_open(file, framework="pt")), opened.fileno()
-            header = json.loads(opened.read(length), object_pairs_hook=_without_duplicates)
+        opened = stack.enter_context(file.open("rb"))
+        length = int.from_bytes(opened.read(8), "little")
+        if size >= length > MAX_HEADER:
+            raise ValueError(f"its header of {length:,} bytes is larger than {MAX_HEADER:,}")
+        if not headers_only:
+            read = stack.enter_context(safe_open(file, framework="pt")).get_tensor
+        elif length > size - 8:  # the library checks this, and what `check_header` does
+            raise ValueError(f"its header of {length:,} bytes does not fit")
+        header = json.loads(opened.read(length), object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         headers = {name: (tuple(values["shape"]), values["dtype"]) for name, values in header.items()}
         if wrong := [name for name, (shape, _) in headers.items() if any(n >= 2**63 for n in shape)]:
             raise ValueError(f"{few(wrong)} of impossible sizes")
-        if stack is None:
+        if headers_only:
             check_header(header, size - 8 - length)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(file, "safetensors file", error) from error
     except RuntimeError as error:  # Linux maps no file that is larger than the main memory
         raise MemoryError(f"{file} ({size:,} bytes) cannot be mapped: {error}") from error
     offsets = {name: 8 + length + values["data_offsets"][0] for name, values in header.items()}
-    return Source(file, headers, _read_nothing if reader is None else reader.get_tensor, descriptor, offsets)
+    return Source(file, headers, read, opened.fileno(), offsets)
 
 
 def check_header(header: dict[str, Any], size: int | None) -> None:
@@ -208,15 +205,11 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _open_torch(file: Path, stack: ExitStack | None) -> Source:
-    if stack is None:
-        _, found = read_headers(file)
-        return Source(
-            file, {name: (stored.shape, NAMES[stored.dtype]) for name, stored in found.items()}, _read_nothing
-        )
-    tensors = load_state_dict(file)
-    headers = {name: (tuple(tensor.shape), NAMES[tensor.dtype]) for name, tensor in tensors.items()}
-    return Source(file, headers, tensors.__getitem__)
+def _open_torch(file: Path, stack: ExitStack, headers_only: bool) -> Source:
+    tensors = {} if headers_only else load_state_dict(file)
+    found: Mapping[str, Stored | Tensor] = read_headers(file)[1] if headers_only else tensors
+    headers = {name: (tuple(tensor.shape), NAMES[tensor.dtype]) for name, tensor in found.items()}
+    return Source(file, headers, _read_nothing if headers_only else tensors.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -226,7 +219,7 @@ class Layout:
     whole: str  # a checkpoint in one file; its index has ".index.json" appended
     by_rank: re.Pattern[str]  # the file of rank `rank`, of `ranks` where the name says so
     patterns: tuple[str, ...]
-    open: Callable[[Path, ExitStack | None], Source]  # None: headers only
+    open: Callable[[Path, ExitStack, bool], Source]  # True: headers only
 
     @property
     def index(self) -> str:
@@ -247,6 +240,7 @@ LAYOUTS = (
         _open_torch,
     ),
 )
+PATTERNS = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
 
 
 @dataclass(frozen=True)
@@ -278,9 +272,8 @@ def find_files(folder: Path) -> Files:
             raise CheckpointError(
                 f"{folder} has {len(names)} files of weights and no {layout.index} to tell them apart: {few(names)}"
             )
-    wanted = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
     others = sorted(path.name for path in folder.glob("*.gguf"))
-    raise CheckpointError(f"{folder} has no file of weights ({wanted})" + (f", only {few(others)}" if others else ""))
+    raise CheckpointError(f"{folder} has no file of weights ({PATTERNS})" + (f", only {few(others)}" if others else ""))
 
 
 def _layout_of(file: Path) -> Layout:
@@ -288,8 +281,7 @@ def _layout_of(file: Path) -> Layout:
     for layout in LAYOUTS:
         if any(file.match(pattern) for pattern in layout.patterns):
             return layout
-    endings = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
-    raise CheckpointError(f"{file} is no file of weights: its name must be one of {endings}")
+    raise CheckpointError(f"{file} is no file of weights: its name must be one of {PATTERNS}")
 
 
 def _files_by_rank(folder: Path, layout: Layout, found: list[re.Match[str]]) -> Files:

@@ -24,6 +24,7 @@ from torch import Tensor
 from pyllama.files import CheckpointError, damaged, few, printable
 
 MAX_HEADER = 2**24  # bytes of the pickle, and of the archive's directory: a hundred thousand tensors
+MAX_DIMENSIONS = 64  # of a tensor, as many as torch has
 MAX_OPERATIONS = 2**21  # of the pickle
 _KIND = "file of torch.save"
 WRAPPERS = ("model", "state_dict", "module", "model_state_dict")  # where training frameworks put the weights
@@ -339,7 +340,7 @@ def _tensor(
     """As torch's `_rebuild_tensor_v3`; raises where the tensor is not within its storage."""
     size = storage.size * storage.dtype.itemsize // dtype.itemsize
     numbers = all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *strides))
-    if metadata or not numbers or len(shape) > 64 or prod(shape) >= 2**63:
+    if metadata or not numbers or len(shape) > MAX_DIMENSIONS or prod(shape) >= 2**63:
         raise ValueError("a tensor of impossible sizes")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if 0 not in shape and last >= size:

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from benchmarks.bench import TOLERANCE, Bench, Case, Peer, Work
 from benchmarks.layers.weights import around_1, matrix
-from benchmarks.ops.bench_norm_linear import exact
+from benchmarks.ops import bench_norm_linear as linear
 from benchmarks.ops.bench_rms_norm import EPS
-from benchmarks.ops.bench_rms_norm import formula as rms_norm
 from benchmarks.shapes import Scope
 from pyllama.ops.norm_argmax import norm_argmax_
 
@@ -40,20 +38,20 @@ def pyllama(tokens: Tensor, x: Tensor, norm: Tensor, head: Tensor, counters: Ten
 
 
 def formula(tokens: Tensor, x: Tensor, norm: Tensor, head: Tensor, counters: Tensor) -> Tensor:
-    return functional.linear(rms_norm(x, norm), head).argmax(-1)
+    return linear.formula(x, norm, head).argmax(-1)
 
 
 def eager(tokens: Tensor, x: Tensor, norm: Tensor, head: Tensor, counters: Tensor) -> Tensor:
-    return functional.linear(functional.rms_norm(x, norm.shape, norm, EPS), head).argmax(-1)
+    return linear.eager(x, norm, head).argmax(-1)
 
 
 def flashinfer(function: Any, tokens: Tensor, x: Tensor, norm: Tensor, head: Tensor, counters: Tensor) -> Tensor:
-    return functional.linear(function(x, norm, eps=EPS), head).argmax(-1)
+    return linear.flashinfer(function, x, norm, head).argmax(-1)
 
 
 def right(result: Tensor, tokens: Tensor, x: Tensor, norm: Tensor, head: Tensor, counters: Tensor) -> Tensor:
     """Whether each token's logit is as large as the largest; rounding may swap those that are close."""
-    logits = exact(rms_norm(x.double(), norm.double()), head)
+    logits = linear.reference(x, norm, head)
     largest = logits.max(-1).values
     return (largest - logits.gather(1, result[:, None])[:, 0]) / largest.abs() <= TOLERANCE[x.dtype]
 

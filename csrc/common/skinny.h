@@ -19,8 +19,7 @@
 
 namespace skinny {
 
-constexpr int max_tokens = 16;
-constexpr int warps = 8, threads = warps * 32;
+constexpr int max_tokens = 16, warps = 8, threads = warps * 32;
 constexpr int rows = 16;               // of the weight, of a block
 constexpr int chunk = 32;              // features of one row that four threads have, 8 each
 constexpr int depth = 8;               // chunks of a warp on their way
@@ -40,7 +39,7 @@ struct Product {
     const T* weight_FD;  // with gated results [2F, D], the gate's rows first
     int D, F;            // multiples of 8; F columns of the result
     bool early;          // the weight may be read before the kernels ahead have ended
-    Prefetch next;
+    Prefetch next;       // what a later product reads
 };
 
 // What the threads of a block share. Tokens are so far apart that the eight threads that read at once meet no bank
