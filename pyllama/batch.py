@@ -29,6 +29,12 @@ class Packed:
     # key/value head, but at least 3; None: they make their own, at the cost of another launch.
     counters: Tensor | None = field(default=None, kw_only=True)
 
+    @property
+    def sequences(self) -> Tensor:
+        """int64 [T], each token's sequence."""
+        tokens_T = torch.arange(len(self.positions), device=self.positions.device, dtype=torch.int32)
+        return torch.bucketize(tokens_T, self.cu_seqlens[1:], right=True)
+
     @classmethod
     def rectangle(cls, sequences: int, tokens: int, device: torch.device) -> Packed:
         """`sequences` sequences of `tokens` tokens each."""

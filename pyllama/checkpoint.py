@@ -28,6 +28,9 @@ INDEX = "model.safetensors.index.json"
 MAX_INDEX = 2**25  # bytes; DeepSeek-V3's has 9 MB
 
 # Of safetensors' names those that are weights as they are. Other types come with scales.
+MODEL_DTYPES = {  # that a model may have, by torch's names
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT8 = "F8_E4M3"
 
@@ -35,6 +38,14 @@ _DTYPES = {"BOOL", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_
 _DTYPES |= {"BF16", *(f"{kind}{bits}" for kind in "FIU" for bits in (8, 16, 32, 64))} - {"F8"}  # all of safetensors'
 
 Headers = dict[str, tuple[tuple[int, ...], str]]  # of each tensor in a file: shape, data type
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The data type of a model, given itself or by torch's name. Raises ValueError for any other."""
+    chosen = MODEL_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if (dtype is not None and chosen is None) or chosen not in (None, *MODEL_DTYPES.values()):
+        raise ValueError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}")
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ class GQAConfig:
     out_bias: bool = False
     qk_norm: Literal["head", "whole"] | None = None  # RMSNorm before RoPE: over each head, or over all heads at once
     clip: float | None = None  # queries, keys and values are cut to [-clip, clip] before RoPE
+    dropout: float = 0.0  # of attention's probabilities, in training
+    out_dropout: float = 0.0  # of what the layer adds to the residual stream, in training
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -101,6 +103,7 @@ class MLAConfig:
     rope: RopeConfig
     scale: float  # of the scores
     bias: bool = False  # of the products to the latents and to the hidden state
+    dropout: float = 0.0  # of attention's probabilities, in training
     norm_eps: float = 1e-6  # of the latents' norms; the reference has this whatever the model's own is
 
     @property
@@ -115,6 +118,7 @@ class MLPConfig:
 
     size: int
     bias: bool = False
+    dropout: float = 0.0  # of what the layer adds to the residual stream, in training
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ class MoEConfig:
     float32_router: bool = False  # the router's product is computed in float32, whatever the weights' type
     shared: MLPConfig | None = None  # an expert that every token passes through
     shared_gate: bool = False  # its result is weighted by the sigmoid of one more product
-    aux_loss_coef: float = 0.0  # weight of the load-balancing loss in training
+    aux_loss: Literal["switch", "sequence", "batch"] = "switch"  # the load-balancing loss in training, see balance.py
+    aux_loss_coef: float = 0.0  # its weight
 
 
 AttentionConfig = GQAConfig | MLAConfig

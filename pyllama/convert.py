@@ -5,32 +5,21 @@ One parameter, or one expert's part of it, is in memory at a time.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyllama.architectures import find_family
-from pyllama.checkpoint import DTYPES, Checkpoint
+from pyllama.checkpoint import DTYPES, Checkpoint, parse_dtype
 from pyllama.config import ModelConfig
-from pyllama.files import check_file
-from pyllama.loader import empty_model, find_folder, parse_dtype, progress_bar, read_folder
-from pyllama.save import Piece, unstack, write_tensors
+from pyllama.files import parse_size
+from pyllama.loader import empty_model, find_folder, read_folder
+from pyllama.save import Origin, Piece, new_target, unstack, write_checkpoint
 from pyllama.transfer import copy_weights
 from pyllama.weights import Part, WeightTable, check_tied, plan
-
-# Beside config.json and the weights: tokenizer, chat template, generation_config.json, licence.
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-NOT_COPIED = ("config.json", "params.json", "*.index.json")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def convert(
@@ -50,10 +39,7 @@ def convert(
     Raises what `pyllama.load` raises, FileExistsError where something is in the folder, and OSError where the disk
     has no room.
     """
-    target = Path(folder).expanduser().resolve()
-    chosen, limit = parse_dtype(dtype), _bytes(max_shard_size)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty folder, and nothing is written over")
+    target, chosen, limit = new_target(folder), parse_dtype(dtype), parse_size(max_shard_size, "max_shard_size")
     origin = find_folder(source, ignore_config_keys)
     values, config, table = read_folder(origin, ignore_config_keys)
     names = find_family(values).weights(config)
@@ -67,12 +53,8 @@ def convert(
             if not parameter.requires_grad:  # as in loading
                 own = torch.promote_types(own, torch.float32)
             pieces += _pieces(names, config, name, parameter.to(own), parts[name], checkpoint)
-        size = sum(piece.bytes for piece in pieces)
-        with _new_folder(target, size) as new, progress_bar("converting", size) as advance:
-            write_tensors(new, pieces, limit, advance)
-            _copy_files(origin, new)
-            values = _config_json(values, config, chosen or checkpoint.dtype)
-            (new / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        dtype = chosen or checkpoint.dtype
+        write_checkpoint(target, pieces, limit, Origin(values, origin), config, dtype, "converting")
 
 
 def _pieces(
@@ -100,45 +82,3 @@ def _dtype(parts: list[Part], checkpoint: Checkpoint) -> torch.dtype:
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)
     return result
-
-
-def _config_json(values: Mapping[str, Any], config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json for what is written: its data type, nothing of how it was stored, no layers that are left out."""
-    left_out = {"quantization_config", "auto_map", "dtype", "torch_dtype"}
-    written = {key: value for key, value in values.items() if key not in left_out}
-    written["dtype" if "dtype" in values else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    if config.extra_layers:
-        written["num_nextn_predict_layers"] = 0
-    return written
-
-
-def _copy_files(origin: Path, target: Path) -> None:
-    for file in sorted({file for pattern in COPIED for file in origin.glob(pattern)}):
-        if not file.is_dir() and not any(file.match(pattern) for pattern in NOT_COPIED):
-            check_file(file)
-            shutil.copyfile(file, target / file.name)
-
-
-@contextmanager
-def _new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder beside the target, which becomes the target when all is well and goes when anything is not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if size > free:
-        raise OSError(f"{target} would take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk")
-    new = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    new.mkdir()
-    try:
-        yield new
-        new.rename(target)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-
-
-def _bytes(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).upper())
-    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if count < 1:
-        raise ValueError(f"max_shard_size must be a number of bytes, or one as in '5GB' or '500MB', got {size!r}")
-    return count

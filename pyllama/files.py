@@ -59,3 +59,17 @@ def printable(name: str) -> str:
     """A name from a file, which could steer a terminal or fill it."""
     text = name if name.isprintable() else ascii(name)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def parse_size(size: int | str, name: str) -> int:
+    """Bytes: a number of them, or text as "5GB" or "500 MB" (powers of 1000), "8GiB" (powers of 1024).
+
+    Raises ValueError, with the argument's name, for anything else, and for less than 1.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT]?)(I?)B)?", str(size).upper())
+    count = 0
+    if match:
+        count = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+    if count < 1:
+        raise ValueError(f"{name} must be a number of bytes, or one as in '5GB' or '500MB', got {size!r}")
+    return count

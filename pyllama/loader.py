@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,23 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch.overrides import TorchFunctionMode
 
 from pyllama import _C
 from pyllama.architectures import hugging_face_config, read_config
 from pyllama.architectures.reader import ConfigError, read_json
 from pyllama.cache import free_memory
-from pyllama.checkpoint import Checkpoint
+from pyllama.checkpoint import Checkpoint, parse_dtype
 from pyllama.config import ModelConfig, MoEConfig
 from pyllama.files import CheckpointError
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
+from pyllama.progress import progress_bar
+from pyllama.save import Origin
 from pyllama.tokenizer import Tokenizer
 from pyllama.transfer import copy_weights, mapped_weights
 from pyllama.weights import WeightTable, check_tied, plan
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-}
 CONFIG_FILES = ["*.json", "*.jinja"]
 # The first of these patterns that a repository has files for; further ones are the same weights again.
 WEIGHT_FILES = ["model*.safetensors", "*.safetensors", "pytorch_model*.bin", "consolidated.*.pth", "*.bin", "*.pt*"]
@@ -67,8 +63,9 @@ def load(
     chosen = parse_dtype(dtype)
     check_kernels_take(chosen, target)
     folder = find_folder(source, ignore_config_keys)
-    _, config, table = read_folder(folder, ignore_config_keys)
+    values, config, table = read_folder(folder, ignore_config_keys)
     model = _load_weights(folder, config, table, target, chosen)
+    model.origin = Origin(values, folder)
     model.tokenizer = Tokenizer.from_folder(folder)
     model.eos_token_ids = _eos_token_ids(folder, model.tokenizer)
     return model.eval()
@@ -143,16 +140,6 @@ def _load_weights(
             ) from error
     model.load_state_dict(copied | mapped, assign=True)
     return model
-
-
-@contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal, if there is one; the function given takes the bytes that are done since last time."""
-    console = Console(stderr=True)
-    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(task, done)
 
 
 def empty_model(config: ModelConfig, tensors: int) -> Model:
@@ -271,13 +258,6 @@ def check_kernels_take(dtype: torch.dtype | None, device: torch.device) -> None:
         raise ValueError(
             "the CUDA kernels do not take float64: use dtype='float32', or load and run inside `with pyllama.eager():`"
         )
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if (dtype is not None and chosen is None) or chosen not in (None, *DTYPES.values()):
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return chosen
 
 
 def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int, device: torch.device) -> torch.dtype:

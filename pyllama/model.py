@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from pyllama.balance import check_loads, count_, load_balancing_loss
 from pyllama.batch import Batch, Packed
 from pyllama.cache import PagedCache
-from pyllama.config import ModelConfig, MoEConfig, RopeConfig
+from pyllama.config import ModelConfig, RopeConfig
 from pyllama.layers.ffn import Routing
 from pyllama.layers.layer import Layer
 from pyllama.layers.linear import Linear, normed_argmax_, normed_product
@@ -18,6 +22,7 @@ from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import Rotation, cos_sin_table, table_rows
 from pyllama.ops.embedding import embedding
 from pyllama.ops.registry import cast, compute_dtype
+from pyllama.save import Origin, save_model
 
 if TYPE_CHECKING:
     from pyllama.tokenizer import Tokenizer
@@ -35,7 +40,7 @@ class Model(nn.Module):
     """A language model as its `ModelConfig` says.
 
     `model(token_ids)` computes whole sequences and has gradients; `model.run` continues sequences over a
-    paged cache and is for inference. The loader sets `tokenizer` and `eos_token_ids`.
+    paged cache and is for inference. The loader sets `tokenizer`, `eos_token_ids` and `origin`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,6 +48,7 @@ class Model(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.eos_token_ids: frozenset[int] = frozenset()
+        self.origin: Origin | None = None  # what `save` writes beside the weights
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(layer, config.hidden_size, config.norm_eps) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -61,11 +67,21 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
 
-    def forward(self, token_ids: Tensor, labels: Tensor | None = None) -> Tensor | LMOutput:
+    def forward(
+        self,
+        token_ids: Tensor,
+        labels: Tensor | None = None,
+        loads: Tensor | None = None,
+        balance_group: dist.ProcessGroup | None = None,
+        activation_checkpointing: bool = False,
+    ) -> Tensor | LMOutput:
         """Logits of whole sequences, and the training loss where `labels` are given.
 
         token_ids: integers [B, T]; labels: the same shape, the token ids themselves (they are shifted here),
-        -100 where a token is not to be predicted. Returns logits [B, T, V], or an `LMOutput`.
+        -100 where a token is not to be predicted. loads: int64 [M, B or 1, E], to which the experts' tokens are added
+        (`balance.new_loads`). balance_group: processes whose experts' loads count together in the load-balancing loss.
+        activation_checkpointing: backward computes each layer again instead of keeping what is inside it.
+        Returns logits [B, T, V], or an `LMOutput`. Dropout, where the configuration has some, is of `train()` alone.
         Raises ValueError for another shape or dtype, or for more tokens than the context.
         """
         if token_ids.ndim != 2 or token_ids.is_floating_point():
@@ -75,42 +91,74 @@ class Model(nn.Module):
             raise ValueError(f"{tokens} tokens do not fit the context of {self.config.max_positions}")
         if labels is not None and labels.shape != token_ids.shape:
             raise ValueError(f"labels {list(labels.shape)} must have token_ids' shape {list(token_ids.shape)}")
+        if loads is not None:
+            check_loads(loads, self.config, sequences)
         batch = Packed.rectangle(sequences, tokens, token_ids.device)
-        x_TD, routings = self._hidden(token_ids.flatten().to(torch.int64), batch, None, routed=labels is not None)
+        flat_T = token_ids.flatten().to(torch.int64)
+        x_TD, routings = self._hidden(flat_T, batch, None, loads, labels is not None, activation_checkpointing)
         logits = self._logits(x_TD).unflatten(0, (sequences, tokens))
         if labels is None:
             return logits
         loss = F.cross_entropy(cast(logits[:, :-1].flatten(0, 1), compute_dtype(logits)), labels[:, 1:].flatten())
-        aux_loss = load_balancing_loss(routings)
-        if aux_loss is not None:
-            coefficients = {c.ffn.aux_loss_coef for c in self.config.layers if isinstance(c.ffn, MoEConfig)}
-            loss = loss + max(coefficients) * aux_loss
-        return LMOutput(logits, loss, aux_loss)
+        aux_loss, coefficient = load_balancing_loss(routings, self.config, sequences, balance_group)
+        return LMOutput(logits, loss if aux_loss is None else loss + coefficient * aux_loss, aux_loss)
 
-    def run(self, token_ids: Tensor, batch: Batch, cache: PagedCache) -> Tensor:
-        """Computes new tokens of cached sequences: integers [T] -> logits [B, V] of each one's last token."""
-        x_TD, _ = self._hidden(token_ids, batch, cache)
+    def run(self, token_ids: Tensor, batch: Batch, cache: PagedCache, loads: Tensor | None = None) -> Tensor:
+        """Computes new tokens of cached sequences: integers [T] -> logits [B, V] of each one's last token.
+
+        loads: as in `forward`, here and in `run_greedily`.
+        """
+        x_TD, _ = self._hidden(token_ids, batch, cache, loads)
         # With one token a sequence (decoding) every token is its sequence's last.
         one_each = batch.max_seqlen == 1 and len(x_TD) == len(batch.seq_lens)
         return self._logits(x_TD if one_each else x_TD[batch.cu_seqlens[1:] - 1])
 
-    def run_greedily(self, token_ids: Tensor, batch: Batch, cache: PagedCache) -> None:
+    def run_greedily(self, token_ids: Tensor, batch: Batch, cache: PagedCache, loads: Tensor | None = None) -> None:
         """Computes one new token of each cached sequence, int64 [B], which its likeliest next one replaces in place."""
-        x_BD, _ = self._hidden(token_ids, batch, cache)
+        x_BD, _ = self._hidden(token_ids, batch, cache, loads)
         normed_argmax_(token_ids, x_BD, self.norm, self._head_weight, batch.counters)
 
+    def save(
+        self, folder: str | Path, dtype: torch.dtype | str | None = None, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Writes the model as a checkpoint in Hugging Face's layout, which `pyllama.load` and transformers read.
+
+        folder: is made, and must be empty if it is there; what is written appears in it when all is done. dtype,
+        max_shard_size: as in `pyllama convert`. The tokenizer's files are copied from where the model was loaded.
+        Of a model that FSDP2 has sharded, every process must call it; the first one writes.
+        Raises ValueError for a model that was not loaded and has no `origin`, FileExistsError where something is in
+        the folder, OSError where the disk has no room.
+        """
+        save_model(self.config, dict(self.named_parameters()), self.origin, folder, dtype, max_shard_size)
+
     def _hidden(
-        self, token_ids: Tensor, batch: Packed, cache: PagedCache | None, routed: bool = False
+        self,
+        token_ids: Tensor,
+        batch: Packed,
+        cache: PagedCache | None,
+        loads: Tensor | None = None,
+        with_logits: bool = False,
+        activation_checkpointing: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
-        """The residual stream [T, D] after all layers, and their routings if they are asked for."""
+        """The residual stream [T, D] after all layers, and their routings if their logits are asked for."""
         x_TD = embedding(self.embedding.weight, token_ids)
-        routings = []
+        routings: list[Routing] = []
+        mixtures = 0  # layers with experts so far
+        sequence_T = 0 if loads is None or loads.shape[1] == 1 else batch.sequences
         rotations = [self._rotation(rope, batch) for rope in self._ropes]
         for i, layer in enumerate(self.layers):
             kv_cache = None if cache is None else cache.layers[i]
-            x_TD, routing = layer(x_TD, batch, rotations[self._rope_of[i]], kv_cache, routed)
-            if routing is not None:
+            arguments = x_TD, batch, rotations[self._rope_of[i]], kv_cache, with_logits
+            x_TD, routing = (
+                checkpoint(layer, *arguments, use_reentrant=False) if activation_checkpointing else layer(*arguments)
+            )
+            if routing is None:
+                continue
+            if loads is not None:
+                count_(loads[mixtures], routing.experts, sequence_T)
+            if with_logits:
                 routings.append(routing)
+            mixtures += 1
         return x_TD, routings
 
     @property
@@ -131,19 +179,3 @@ class Model(nn.Module):
                 table = cos_sin_table(rope, positions, self.device)
             self._tables[rope] = positions, table
         return Rotation(table, table_rows(rope, batch))
-
-
-def load_balancing_loss(routings: list[Routing]) -> Tensor | None:
-    """The Switch Transformer's loss (Fedus et al., arXiv:2101.03961, eq. 4), over the tokens of all layers.
-
-    E * sum over experts of (share of choices that fell on it) * (mean router probability); as transformers'
-    `load_balancing_loss_func`. None without a routing.
-    """
-    if not routings:
-        return None
-    logits = torch.cat([routing.logits for routing in routings])
-    probabilities = cast(logits, compute_dtype(logits)).softmax(dim=-1)
-    experts = torch.cat([routing.experts for routing in routings]).long()
-    num_experts = probabilities.shape[-1]
-    load = F.one_hot(experts, num_experts).sum(dim=1).to(probabilities).mean(dim=0)
-    return num_experts * torch.sum(load * probabilities.mean(dim=0))

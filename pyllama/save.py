@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from pyllama.checkpoint import DTYPES, INDEX
+from pyllama.architectures import find_family
+from pyllama.checkpoint import DTYPES, INDEX, parse_dtype
 from pyllama.config import ModelConfig
+from pyllama.files import check_file, parse_size
+from pyllama.progress import progress_bar
 from pyllama.weights import WeightTable
 
+# Beside config.json and the weights: tokenizer, chat template, generation_config.json, licence.
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+NOT_COPIED = ("config.json", "params.json", "*.index.json")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -128,3 +138,117 @@ def _write_piece(out: BinaryIO, piece: Piece, progress: Callable[[int], None]) -
         assert (tensor.shape, tensor.dtype) == (piece.tensors[name].shape, piece.tensors[name].dtype)
         out.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         progress(tensor.nbytes)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint holds beside its weights."""
+
+    values: Mapping[str, Any]  # of config.json, in its family's keys
+    folder: Path | None  # with the tokenizer's files; None: there are none
+
+
+def save_model(
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    origin: Origin | None,
+    folder: str | Path,
+    dtype: torch.dtype | str | None,
+    max_shard_size: int | str,
+) -> None:
+    """`Model.save`, for the model's parameters by name."""
+    if origin is None:
+        raise ValueError(
+            "the model was not loaded, so it has no config.json: set model.origin to a pyllama.save.Origin"
+        )
+    target, chosen, limit = new_target(folder), parse_dtype(dtype), parse_size(max_shard_size, "max_shard_size")
+    names = find_family(dict(origin.values)).weights(config)
+    pieces = [_piece(names, config, name, parameter, chosen) for name, parameter in parameters.items()]
+    sharded = any(map(is_sharded, parameters.values()))
+    if sharded and dist.get_rank() > 0:  # gives its parts, in the order in which the first process asks for them
+        for piece in chain.from_iterable(_shards(pieces, limit)):
+            piece.make()
+    else:
+        own = next(iter(parameters.values())).dtype
+        write_checkpoint(target, pieces, limit, origin, config, chosen or own, "saving")
+    if sharded:
+        dist.barrier()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose module takes half a second to import where nobody else has."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _piece(names: WeightTable, config: ModelConfig, parameter: str, value: Tensor, dtype: torch.dtype | None) -> Piece:
+    """A parameter's tensors, in the data type asked for; correction biases are no coarser than float32, as loaded."""
+    dtype = value.dtype if dtype is None else dtype
+    if parameter.endswith(".correction_bias"):
+        dtype = torch.promote_types(dtype, torch.float32)
+
+    def make() -> dict[str, Tensor]:
+        whole: Tensor = getattr(value, "full_tensor")() if is_sharded(value) else value  # noqa: B009
+        return unstack(names, config, parameter, whole.detach().to("cpu", dtype))
+
+    return Piece(unstack(names, config, parameter, torch.empty(value.shape, dtype=dtype, device="meta")), make)
+
+
+def new_target(folder: str | Path) -> Path:
+    """The folder to write, which must be empty if it is there."""
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not an empty folder, and nothing is written over")
+    return target
+
+
+def write_checkpoint(
+    target: Path,
+    pieces: Sequence[Piece],
+    max_shard_bytes: int,
+    origin: Origin,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    doing: str,
+) -> None:
+    """Weights, config.json and the origin's other files; all of them, or nothing."""
+    size = sum(piece.bytes for piece in pieces)
+    with _new_folder(target, size) as new, progress_bar(doing, size) as advance:
+        if origin.folder is not None:
+            _copy_files(origin.folder, new)
+        values = _config_json(origin.values, config, dtype)
+        (new / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_tensors(new, pieces, max_shard_bytes, advance)
+
+
+def _config_json(values: Mapping[str, Any], config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json for what is written: its data type, nothing of how it was stored, no layers that are left out."""
+    left_out = {"quantization_config", "auto_map", "dtype", "torch_dtype"}
+    written = {key: value for key, value in values.items() if key not in left_out}
+    written["dtype" if "dtype" in values else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    if config.extra_layers:
+        written["num_nextn_predict_layers"] = 0
+    return written
+
+
+def _copy_files(origin: Path, target: Path) -> None:
+    for file in sorted({file for pattern in COPIED for file in origin.glob(pattern)}):
+        if not file.is_dir() and not any(file.match(pattern) for pattern in NOT_COPIED):
+            check_file(file)
+            shutil.copyfile(file, target / file.name)
+
+
+@contextmanager
+def _new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder beside the target, which becomes the target when all is well and goes when anything is not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if size > free:
+        raise OSError(f"{target} would take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk")
+    new = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    new.mkdir()
+    try:
+        yield new
+        new.rename(target)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise

@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from pyllama.balance import switch_loss
 from pyllama.config import (
     GQAConfig,
     LayerConfig,
@@ -31,7 +32,7 @@ from pyllama.config import (
 )
 from pyllama.layers.ffn import Routing
 from pyllama.layers.rope import cos_sin_table
-from pyllama.model import LMOutput, Model, load_balancing_loss
+from pyllama.model import LMOutput, Model
 from pyllama.sampling import SamplingParams
 from pyllama.step import Decoding
 
@@ -93,7 +94,7 @@ def test_load_balancing_loss_is_transformers() -> None:
     logits = [torch.randn(9, 5), torch.randn(9, 5)]
     routings = [Routing(layer, layer.topk(2).indices.int()) for layer in logits]
     expected = load_balancing_loss_func(tuple(logits), num_experts=5, top_k=2)
-    torch.testing.assert_close(load_balancing_loss(routings), expected)
+    torch.testing.assert_close(switch_loss(routings, MoEConfig(5, 2, 8), 1, None), expected)
 
 
 def test_loss_with_experts_is_cross_entropy_plus_weighted_balance() -> None:

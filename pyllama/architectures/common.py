@@ -107,7 +107,15 @@ def read_attention(
         raise reader.refusal("head_dim", f"RoPE rotates pairs, and the head size {size} is odd")
     dim = size if rotated is None else read_rotated(reader, size, rotated)
     rope = read_rope(reader, dim, rope_theta, positions=positions, original=original)
-    return GQAConfig(heads, kv_heads, size, rope, **options)
+    return GQAConfig(heads, kv_heads, size, rope, dropout=read_dropout(reader, "attention_dropout"), **options)
+
+
+def read_dropout(reader: Reader, key: str) -> float:
+    """A probability of dropout, 0 where there is none."""
+    dropout = float(reader.number(key, default=0.0, null=0.0, zero=True))
+    if dropout >= 1:
+        raise reader.refusal(key, "it is a probability, below 1")
+    return dropout
 
 
 def read_windows(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pyllama.architectures.common import (
     Family,
     read_decoder,
+    read_dropout,
     read_positions,
     read_rope,
     weight_table,
@@ -37,7 +38,7 @@ def read(reader: Reader) -> ModelConfig:
     groups = 1, 1
     if reader.only("topk_method", "greedy", "group_limited_greedy", default="greedy") == "group_limited_greedy":
         groups = read_groups(reader, experts, top_k)
-    for key in ("n_group", "topk_group", "seq_aux"):  # without group_limited_greedy; how the loss is summed
+    for key in ("n_group", "topk_group"):  # without group_limited_greedy
         reader.anything(key)
     moe = MoEConfig(
         num_experts=experts,
@@ -49,6 +50,7 @@ def read(reader: Reader) -> ModelConfig:
         top_groups=groups[1],
         float32_router=True,
         shared=read_shared(reader, default=2, bias=bias),
+        aux_loss="sequence" if reader.boolean("seq_aux", default=True, null=True) else "batch",
         aux_loss_coef=reader.number("aux_loss_alpha", default=0.0, zero=True),
     )
     positions = read_positions(reader, 2048)
@@ -81,6 +83,7 @@ def read_latent_attention(reader: Reader, *, positions: int, interleaved: bool =
         rope=rope,
         scale=scale,
         bias=reader.boolean("attention_bias", default=False),
+        dropout=read_dropout(reader, "attention_dropout"),
     )
 
 

@@ -47,7 +47,6 @@ def _dense(reader: Reader, size: int) -> dict[str, Any]:
 
 def _moe(reader: Reader, size: int) -> dict[str, Any]:
     reader.only("scoring_func", "softmax")
-    reader.anything("seq_aux")  # of training
     top_k = reader.integer("num_experts_per_tok", default=2)
     # Whatever number is given, 0 and false included, the model has one shared expert; only null means none.
     shared = "n_shared_experts" not in reader or reader.anything("n_shared_experts") is not None
@@ -60,6 +59,7 @@ def _moe(reader: Reader, size: int) -> dict[str, Any]:
         "shared_expert_intermediate_size": size if shared else None,
         # The weight of a single expert stays its probability.
         "norm_topk_prob": reader.boolean("norm_topk_prob", default=True) and top_k > 1,
+        "seq_aux": reader.boolean("seq_aux", default=True),
         "router_aux_loss_coef": reader.number("aux_loss_alpha", default=0.01, zero=True),
     }
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pyllama.architectures.common import Family, read_attention, read_decoder, read_positions, weight_table
+from pyllama.architectures.common import (
+    Family,
+    read_attention,
+    read_decoder,
+    read_dropout,
+    read_positions,
+    weight_table,
+)
 from pyllama.architectures.reader import Reader
 from pyllama.config import MLPConfig, ModelConfig
 from pyllama.weights import Rule
@@ -23,8 +30,9 @@ def read(reader: Reader) -> ModelConfig:
         rotated=1.0,
         original=original,
         window=reader.integer("sliding_window", default=None, null=None),
+        out_dropout=(dropout := read_dropout(reader, "resid_pdrop")),
     )
-    ffn = MLPConfig(reader.integer("intermediate_size"))
+    ffn = MLPConfig(reader.integer("intermediate_size"), dropout=dropout)
     layers = reader.layers()
     return read_decoder(reader, [attention] * layers, [ffn] * layers, positions=positions, norm_eps=1e-5)
 

@@ -27,7 +27,7 @@ IRRELEVANT = frozenset({
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
     "tokenizer_class", "prefix",
     # training, and how products are split, which changes their rounding alone
-    "initializer_range", "attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop",
+    "initializer_range", "hidden_dropout", "embd_pdrop", "resid_pdrop",
     "router_jitter_noise", "neftune_noise_alpha", "gradient_checkpointing", "use_cache", "pretraining_tp",
     "chunk_size_feed_forward",
     # what transformers' functions return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyllama.batch import Batch, Packed
@@ -25,7 +26,7 @@ class GQA(nn.Module):
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
         self.config = config
         self.qkv = Linear(hidden_size, (heads + 2 * kv_heads) * size, bias=config.qkv_bias)
-        self.out = Linear(heads * size, hidden_size, bias=config.out_bias)
+        self.out = Linear(heads * size, hidden_size, bias=config.out_bias, dropout=config.out_dropout)
         per_head = config.qk_norm == "head"
         self.q_norm = RMSNorm(size if per_head else heads * size, norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size if per_head else kv_heads * size, norm_eps) if config.qk_norm else None
@@ -98,5 +99,25 @@ class GQA(nn.Module):
         if config.rope is not None and rotation is not None:
             q_THK = rope(q_THK, *rotation, config.rope.interleaved)
             k_TGK = rope(k_TGK, *rotation, config.rope.interleaved)
-        seqlens, longest = batch.cu_seqlens, batch.max_seqlen
-        return attention(q_THK, k_TGK, v_TGK, seqlens, seqlens, longest, longest, window=config.window)
+        dropout = config.dropout if self.training else 0.0
+        return whole_attention(q_THK, k_TGK, v_TGK, batch, None, config.window, dropout)
+
+
+def whole_attention(
+    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, batch: Packed, scale: float | None, window: int | None, dropout: float
+) -> Tensor:
+    """The op `attention` over a batch of whole sequences; with dropout of the probabilities torch's own, for sequences
+    of one length, since the op's backward could not draw the same numbers again."""
+    longest = batch.max_seqlen
+    if not dropout:
+        seqlens = batch.cu_seqlens
+        return attention(q_THK, k_TGK, v_TGV, seqlens, seqlens, longest, longest, scale, window)
+    q_BHTK, k_BGTK, v_BGTV = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGV))
+    mask = None
+    if window is not None and window < longest:
+        age_TT = torch.arange(longest, device=q_THK.device).unsqueeze(1) - torch.arange(longest, device=q_THK.device)
+        mask = (age_TT >= 0) & (age_TT < window)
+    out_BHTV = F.scaled_dot_product_attention(
+        q_BHTK, k_BGTK, v_BGTV, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return out_BHTV.transpose(1, 2).flatten(0, 1)

@@ -23,9 +23,9 @@ from pyllama.ops.topk_gate import topk_gate
 
 
 class Routing(NamedTuple):
-    """What a router decided; the load-balancing loss is computed from it."""
+    """What a router decided; load-balancing losses are computed from it, and loads counted."""
 
-    logits: Tensor  # [T, E]
+    logits: Tensor | None  # [T, E]; None where an op for few tokens has kept them to itself
     experts: Tensor  # int32 [T, N]
 
 
@@ -35,14 +35,14 @@ class MLP(nn.Module):
     def __init__(self, config: MLPConfig, hidden_size: int) -> None:
         super().__init__()
         self.gate_up = Linear(hidden_size, 2 * config.size, bias=config.bias)
-        self.down = Linear(config.size, hidden_size, bias=config.bias)
+        self.down = Linear(config.size, hidden_size, bias=config.bias, dropout=config.dropout)
 
     @property
     def first_large_weight(self) -> Tensor:
         return self.gate_up.weight
 
     def forward(
-        self, x_TD: Tensor, norm: RMSNorm | None, routed: bool = False, counters: Tensor | None = None
+        self, x_TD: Tensor, norm: RMSNorm | None, with_logits: bool = False, counters: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """The residual stream x with the layer's result added; norm: what comes first."""
         return self.down.add_to(x_TD, self.gate_up.swiglu(x_TD, norm)), None
@@ -70,12 +70,12 @@ class MoE(nn.Module):
         return self.router.weight if self.shared is None else self.shared.first_large_weight
 
     def forward(
-        self, x_TD: Tensor, norm: RMSNorm, routed: bool = False, counters: Tensor | None = None
-    ) -> tuple[Tensor, Routing | None]:
-        """The residual stream x with the layer's result added, and the routing where `routed`; norm: what comes
-        first; counters: see `Packed`."""
-        if few(x_TD) and not routed:
-            return self._of_few(x_TD, norm, counters), None
+        self, x_TD: Tensor, norm: RMSNorm, with_logits: bool = False, counters: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """The residual stream x with the layer's result added, and the routing, whose logits are there if asked for;
+        norm: what comes first; counters: see `Packed`."""
+        if few(x_TD) and not with_logits:
+            return self._of_few(x_TD, norm, counters)
         config = self.config
         normed_TD = norm(x_TD)
         if config.float32_router and x_TD.dtype.itemsize < 4:
@@ -86,9 +86,9 @@ class MoE(nn.Module):
         rows, offsets, positions_TN = moe_dispatch(experts_TN, config.num_experts)
         hidden = grouped_swiglu(normed_TD, self.gate_up, offsets, rows)
         out_TD = moe_combine(grouped_linear(hidden, self.down, offsets), positions_TN, weights_TN)
-        return self._add_shared(x_TD + out_TD, normed_TD), Routing(logits_TE, experts_TN) if routed else None
+        return self._add_shared(x_TD + out_TD, normed_TD), Routing(logits_TE if with_logits else None, experts_TN)
 
-    def _of_few(self, x_TD: Tensor, norm: RMSNorm, counters: Tensor | None) -> Tensor:
+    def _of_few(self, x_TD: Tensor, norm: RMSNorm, counters: Tensor | None) -> tuple[Tensor, Routing]:
         """The same in three ops, the last two of which read the chosen experts' weights as they lie, and early where
         the op ahead is not the one that chose."""
         normed_TD, weights_TN, experts_TN = norm_gate(
@@ -97,7 +97,7 @@ class MoE(nn.Module):
         x_TD = self._add_shared(x_TD, normed_TD)  # first, as its weights are known while the choice is made
         hidden = experts_swiglu(normed_TD, self.gate_up, experts_TN, early=self.shared is not None)
         experts_add_(x_TD, hidden, self.down, experts_TN, weights_TN, early=True)
-        return x_TD
+        return x_TD, Routing(None, experts_TN)
 
     @property
     def _routing(self) -> dict[str, Any]:

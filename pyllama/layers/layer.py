@@ -30,8 +30,8 @@ class Layer(nn.Module):
         batch: Packed,
         rotation: Rotation | None,
         kv_cache: Tensor | None,
-        routed: bool,
+        with_logits: bool,
     ) -> tuple[Tensor, Routing | None]:
-        """The residual stream after this layer (without gradients in place), and the routing if it is asked for."""
+        """The residual stream after this layer (without gradients in place), and the routing where it has experts."""
         x_TD = self.attention(x_TD, self.attention_norm, batch, rotation, kv_cache, self.ffn.first_large_weight)
-        return self.ffn(x_TD, self.ffn_norm, routed, batch.counters)
+        return self.ffn(x_TD, self.ffn_norm, with_logits, batch.counters)

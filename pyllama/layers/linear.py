@@ -8,6 +8,7 @@ gradients are due, the plain composition, which is also that op's eager body. Th
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyllama.layers.norm import RMSNorm
@@ -44,7 +45,11 @@ def normed_argmax_(
 
 
 class Linear(nn.Linear):
-    """A linear layer: torch's, with the project's products."""
+    """A linear layer: torch's, with the project's products. dropout: of what `add_to` adds, in training."""
+
+    def __init__(self, features: int, out_features: int, bias: bool, dropout: float = 0.0) -> None:
+        super().__init__(features, out_features, bias)
+        self.dropout = dropout
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return product(x_TD, self.weight, self.bias)
@@ -62,8 +67,8 @@ class Linear(nn.Linear):
     def add_to(self, residual_TF: Tensor, x_TD: Tensor, next_weight: Tensor | None = None) -> Tensor:
         """residual + self(x); without gradients in place. next_weight: of a product that soon follows, to be brought to
         the GPU's cache while this one waits; not if a hook has yet to bring it to where x is."""
-        if torch.is_grad_enabled():
-            return residual_TF + self(x_TD)
+        if torch.is_grad_enabled() or (self.training and self.dropout):
+            return residual_TF + F.dropout(self(x_TD), self.dropout, self.training)
         if few(x_TD):
             here = next_weight is not None and (next_weight.device, next_weight.dtype) == (x_TD.device, x_TD.dtype)
             prefetch = next_weight if here else None

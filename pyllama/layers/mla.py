@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyllama.batch import Batch, Packed
 from pyllama.config import MLAConfig
+from pyllama.layers.attention import whole_attention
 from pyllama.layers.linear import Linear, few
 from pyllama.layers.norm import RMSNorm
 from pyllama.layers.rope import Rotation
@@ -108,8 +109,8 @@ class MLA(nn.Module):
         latent_TC, key_TR = latent.split([config.kv_rank, config.rope.dim], dim=1)
         key_T1R = rope(key_TR.unsqueeze(1), *rotation, config.rope.interleaved)
         k_THK, v_THV = self._keys_values(self.kv_norm(latent_TC), key_T1R.squeeze(1))
-        seqlens, longest = batch.cu_seqlens, batch.max_seqlen
-        return attention(q_THK, k_THK, v_THV, seqlens, seqlens, longest, longest, config.scale)
+        dropout = config.dropout if self.training else 0.0
+        return whole_attention(q_THK, k_THK, v_THV, batch, config.scale, None, dropout)
 
     def _keys_values(self, latent_MC: Tensor, key_MR: Tensor) -> tuple[Tensor, Tensor]:
         """Every head's keys and values: [M, H, N + R], [M, H, V]."""

@@ -170,7 +170,8 @@ def test_research_models_in_params_json(tmp_path: Path) -> None:
     write_research(tmp_path, "params.json", eos_token_id=2)
     config = pyllama.load(tmp_path, device="cpu").config
     assert config.max_positions == 512
-    assert config.layers[0].ffn == MoEConfig(4, 2, 128, shared=MLPConfig(128), aux_loss_coef=0.01)
+    ffn = MoEConfig(4, 2, 128, shared=MLPConfig(128), aux_loss="sequence", aux_loss_coef=0.01)
+    assert config.layers[0].ffn == ffn
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""Keeping a mixture's experts evenly used: losses that ask for it, loads that tell of it, biases that see to it.
+
+T tokens, B sequences, E experts, N experts per token, M layers with experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pyllama.config import ModelConfig, MoEConfig
+from pyllama.layers.ffn import MoE, Routing
+from pyllama.ops.registry import cast, compute_dtype
+from pyllama.save import is_sharded
+
+
+def switch_loss(
+    routings: Sequence[Routing], experts: MoEConfig, sequences: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The Switch Transformer's loss (Fedus et al., arXiv:2101.03961, eq. 4) over the tokens of all layers at once.
+
+    As transformers' `load_balancing_loss_func`: shares of tokens, which add up to N, and softmax for every router.
+    """
+    logits_TE = torch.cat([_logits(routing) for routing in routings])
+    experts_TN = torch.cat([routing.experts for routing in routings])
+    return experts.top_k * _imbalance(logits_TE.softmax(dim=-1), experts_TN, 1, group)
+
+
+def sequence_loss(
+    routings: Sequence[Routing], experts: MoEConfig, sequences: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """DeepSeek's loss for each sequence (arXiv:2405.04434, eq. 23 to 25; arXiv:2412.19437, eq. 17 to 20).
+
+    The mean over sequences, each by itself, of the sum over layers. Sigmoids count by their share of a token's sum.
+    """
+    return torch.stack([_imbalance(_scores(r, experts), r.experts, sequences, None) for r in routings]).sum()
+
+
+def batch_loss(
+    routings: Sequence[Routing], experts: MoEConfig, sequences: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The same over all tokens of the batch, as DeepSeek's code has it for `seq_aux: false`: the sum over layers."""
+    return torch.stack([_imbalance(_scores(r, experts), r.experts, 1, group) for r in routings]).sum()
+
+
+Loss = Callable[[Sequence[Routing], MoEConfig, int, dist.ProcessGroup | None], Tensor]
+LOSSES: dict[str, Loss] = {"switch": switch_loss, "sequence": sequence_loss, "batch": batch_loss}
+
+
+def load_balancing_loss(
+    routings: Sequence[Routing], config: ModelConfig, sequences: int, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, float] | tuple[None, float]:
+    """The loss that the configuration names (`MoEConfig.aux_loss`), and its weight; None without experts.
+
+    routings: of each layer with experts, in order, with logits. sequences: B, of equal length, which the tokens are.
+    group: processes whose loads count together, so that data-parallel training has the loss of a single process with
+    all their tokens (Qiu et al., arXiv:2501.11873); None: each process has its own. Sequences are alone anyway.
+    """
+    kinds = dict.fromkeys(layer.ffn for layer in config.layers if isinstance(layer.ffn, MoEConfig))
+    if not kinds:
+        return None, 0.0
+    experts = next(iter(kinds))
+    return LOSSES[experts.aux_loss](routings, experts, sequences, group), experts.aux_loss_coef
+
+
+def new_loads(config: ModelConfig, sequences: int = 1, device: torch.device | str = "cpu") -> Tensor:
+    """int64 zeros [M, B, E], to which a model adds how many of each sequence's tokens went to each expert.
+
+    With B = 1 all sequences count together. Raises ValueError for a model without experts.
+    """
+    experts = [layer.ffn.num_experts for layer in config.layers if isinstance(layer.ffn, MoEConfig)]
+    if not experts:
+        raise ValueError("the model has no experts, so no loads can be counted")
+    return torch.zeros(len(experts), sequences, max(experts), dtype=torch.int64, device=device)
+
+
+def check_loads(loads: Tensor, config: ModelConfig, sequences: int) -> None:
+    """Raises ValueError where `loads` are not as `new_loads` makes them."""
+    shapes = [list(new_loads(config, count, "meta").shape) for count in (sequences, 1)]
+    if list(loads.shape) not in shapes or loads.dtype != torch.int64:
+        raise ValueError(
+            f"loads must be int64 [M, B, E] = {shapes[0]}, or {shapes[1]} for all together, got {loads.dtype} "
+            f"{list(loads.shape)}: see pyllama.balance.new_loads"
+        )
+
+
+def count_(loads_BE: Tensor, experts_TN: Tensor, sequence_T: Tensor | int) -> None:
+    """Adds one layer's choices to its loads, in place. sequence_T: int64, each token's sequence, or 0."""
+    E = loads_BE.shape[1]
+    place_TN = experts_TN.long() + (sequence_T if isinstance(sequence_T, int) else sequence_T.unsqueeze(1) * E)
+    loads_BE.view(-1).scatter_add_(0, place_TN.flatten(), torch.ones_like(place_TN.flatten()))
+
+
+@torch.no_grad()
+def update_correction_biases(
+    model: nn.Module, loads: Tensor, rate: float = 0.001, group: dist.ProcessGroup | None = None
+) -> None:
+    """Auxiliary-loss-free load balancing (Wang et al., arXiv:2408.15664): to be called after each optimizer step.
+
+    The bias that decides who is chosen (`MoEConfig.correction_bias`) grows by `rate` for experts with fewer tokens
+    than the mean of their layer, and shrinks by it for those with more. DeepSeek-V3 has 0.001, and 0 at the end.
+
+    loads: int64 [M, B, E], of all tokens since the last call (see `new_loads`). Where processes train together
+    (`torch.distributed` is initialised), theirs are added up: of `group`, None being all. The model may be sharded.
+    Raises ValueError where the model has no such biases, and for loads of another shape.
+    """
+    mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+    biases = [moe.correction_bias for moe in mixtures]
+    if not any(bias is not None for bias in biases):
+        raise ValueError("the model has no correction biases (MoEConfig.correction_bias), which loads could move")
+    shape = [len(mixtures), "B", mixtures[0].config.num_experts]
+    if loads.ndim != 3 or [loads.shape[0], loads.shape[2]] != [shape[0], shape[2]]:
+        raise ValueError(f"loads must be [M, B, E] = {shape}, got {list(loads.shape)}")
+    loads_ME = loads.sum(1)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(loads_ME, group=group)
+    loads_ME = loads_ME.double()
+    for bias, step_E in zip(biases, rate * torch.sign(loads_ME.mean(1, keepdim=True) - loads_ME), strict=True):
+        if bias is not None:
+            step_E = step_E.to(bias.device, bias.dtype)
+            bias.add_(_sharded_as(bias, step_E) if is_sharded(bias) else step_E)
+
+
+def _sharded_as(like: Tensor, whole: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor  # loaded already, where there is such a tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def _logits(routing: Routing) -> Tensor:
+    assert routing.logits is not None  # they were asked for
+    return cast(routing.logits, compute_dtype(routing.logits))
+
+
+def _scores(routing: Routing, experts: MoEConfig) -> Tensor:
+    """[T, E], each token's adding up to 1."""
+    logits_TE = _logits(routing)
+    if experts.scoring == "softmax":
+        return logits_TE.softmax(dim=-1)
+    scores_TE = logits_TE.sigmoid()
+    return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+
+
+def _imbalance(scores_TE: Tensor, experts_TN: Tensor, parts: int, group: dist.ProcessGroup | None) -> Tensor:
+    """E * sum over experts of (share of choices that fell on it) * (its mean score): 1 where all are alike.
+
+    The mean over `parts` equal parts of the tokens.
+    """
+    T, E = scores_TE.shape
+    loads_PE = torch.zeros(parts, E, dtype=torch.int64, device=scores_TE.device)
+    part_T = torch.arange(T, device=scores_TE.device).div(max(T // parts, 1), rounding_mode="floor")
+    count_(loads_PE, experts_TN, part_T)
+    if group is not None:
+        dist.all_reduce(loads_PE, group=group)
+    share_PE = loads_PE.to(scores_TE) / loads_PE.sum(1, keepdim=True)
+    return E * (share_PE * scores_TE.unflatten(0, (parts, -1)).mean(1)).sum(1).mean()
