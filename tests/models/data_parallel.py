@@ -1,0 +1,89 @@
+"""What each process of a data-parallel training does: no more than pyllama is imported there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import pyllama
+from pyllama.balance import new_loads, update_correction_biases
+from pyllama.config import MoEConfig
+from pyllama.model import Model
+
+PROCESSES = 2
+STEPS = 4
+
+
+def plain(model: Model) -> nn.Module:
+    return model
+
+
+def sharded(model: Model) -> nn.Module:
+    for layer in model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+WRAPPERS: dict[str, Callable[[Model], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp2": sharded}
+# The name of a checkpoint, and how it is trained.
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mixtral": {},  # a load-balancing loss
+    "deepseek_v3": {},  # correction biases
+    "qwen2_moe": {"activation_checkpointing": True},
+}
+
+
+def batches() -> Tensor:
+    return torch.randint(211, (STEPS, 4, 12), generator=torch.Generator().manual_seed(0))
+
+
+def train(model: Model, wrap: Callable[[Model], nn.Module], rank: int, processes: int, **options: Any) -> list[float]:
+    """Some steps on this process's share of each batch: the losses of all of it."""
+    wrapped = wrap(model.train())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    group = dist.group.WORLD if processes > 1 else None
+    ffns = [layer.ffn for layer in model.config.layers]
+    corrected = any(isinstance(ffn, MoEConfig) and ffn.correction_bias for ffn in ffns)
+    losses = []
+    for batch in batches():
+        token_ids = batch.chunk(processes)[rank]
+        loads = new_loads(model.config) if corrected else None
+        output = wrapped(token_ids, labels=token_ids, loads=loads, balance_group=group, **options)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loads is not None:
+            update_correction_biases(model, loads, rate=0.1)
+        loss = output.loss.detach() / processes
+        if processes > 1:
+            dist.all_reduce(loss)
+        losses.append(loss.item())
+    return losses
+
+
+def work(rank: int, folder: Path) -> None:
+    """What each of the processes does."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+    for case, options in CASES.items():
+        for kind, wrap in WRAPPERS.items():
+            model = pyllama.load(folder / case, "cpu", "float64")
+            losses = train(model, wrap, rank, PROCESSES, **options)
+            if kind == "fsdp2":
+                assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+                model.save(folder / f"{case} {kind}")
+            elif rank == 0:
+                model.save(folder / f"{case} {kind}")
+            if rank == 0:
+                torch.save(losses, folder / f"{case} {kind}.losses")
+    dist.destroy_process_group()
