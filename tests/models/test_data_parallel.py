@@ -31,7 +31,6 @@ def test_two_processes_are_one(case: str, kind: str, results: Path) -> None:
     expected = train(model, plain, 0, 1, **CASES[case])
     losses = torch.load(results / f"{case} {kind}.losses")
     assert losses == pytest.approx(expected, rel=1e-12)
-    assert losses[-1] < losses[0]
     found = pyllama.load(results / f"{case} {kind}", "cpu", "float64")
     for (name, parameter), other in zip(model.named_parameters(), found.parameters(), strict=True):
         torch.testing.assert_close(other, parameter, rtol=0, atol=1e-9, msg=name)
