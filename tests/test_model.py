@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from pyllama.balance import switch_loss
+from pyllama.balance import new_loads, switch_loss
 from pyllama.config import (
     GQAConfig,
     LayerConfig,
@@ -250,3 +250,40 @@ def test_a_step_of_decoding_is_few_kernels(
     whole += Counter({"advance_": 1, "embedding": 1, "norm_argmax_": 1})  # the last is head and choice
     whole += Counter({"aten::to.dtype_layout": 1})  # to the host
     assert launched.counts == whole
+
+
+@pytest.mark.parametrize("attention", ["plain", "latent"])
+@pytest.mark.parametrize("ffn", FFNS)
+def test_layers_computed_twice_give_the_same_gradients(ffn: str, attention: str) -> None:
+    """Bit for bit; and autograd keeps less for them."""
+    model = tiny(FFNS[ffn], attention)
+    token_ids = torch.randint(0, 29, (2, 40))
+    found, kept = [], []
+    for again in (False, True):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.nbytes) or t, lambda t: t):
+            output = model(token_ids, token_ids, activation_checkpointing=again)
+        output.loss.backward()
+        found.append([output.loss, *(parameter.grad.clone() for parameter in model.parameters())])
+        kept.append(sum(sizes))
+        model.zero_grad()
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("attention", ["plain", "latent queries"])
+@pytest.mark.parametrize("ffn", FFNS)
+def test_compiled_training_is_the_same(ffn: str, attention: str) -> None:
+    """One graph, forward and backward, with what the experts' loads are counted in."""
+    model = tiny(FFNS[ffn], attention).double()
+    token_ids = torch.randint(0, 29, (2, 20))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for one in (model, compiled):
+        loads = None if ffn == "dense" else new_loads(model.config)
+        output = one(token_ids, token_ids, loads)
+        output.loss.backward()
+        found.append([output.loss, *(parameter.grad for parameter in model.parameters()), loads])
+        model.zero_grad(set_to_none=True)
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-9, atol=1e-12)
