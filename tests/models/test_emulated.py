@@ -233,3 +233,22 @@ def test_bfloat16_is_as_near_to_float64_as_eager(
     found_error, eager_error = ((x.median() if case.routed else x.mean()).sqrt().item() for x in squares)
     assert eager_error < 0.05 * exact.std().item()  # the three are the same model
     assert found_error <= ERROR_FACTOR * eager_error
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed twice"])
+def test_gradients_are_those_of_eager_bodies(again: bool, case: Case, model: Model, kernels: Kernels) -> None:
+    """Kernels forward, recomputation backward, in float32."""
+    model.to(kernels.device).train()
+    token_ids = torch.tensor(sequences_of(70, 70), device=kernels.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradients() -> list[Tensor]:
+        loss = model(token_ids, token_ids, activation_checkpointing=again).loss
+        return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+    with pyllama.eager():
+        expected = gradients()
+    with serving(kernels, case.whole | {f"{op}_backward" for op in ("embedding", "attention", "rms_norm")}):
+        found = gradients()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
