@@ -107,6 +107,11 @@ def test_the_result_is_the_same_model(kind: str, tmp_path: Path) -> None:
     assert [file.name for file in again.glob("*.safetensors")] == ["model.safetensors"]
     assert same(tensors(folder), tensors(again))
 
+    saved = tmp_path / "saved"
+    expected.save(saved, max_shard_size="40KB")
+    assert same(tensors(folder), tensors(saved))
+    assert json.loads((saved / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float64"])
 def test_another_data_type(dtype: Any, tmp_path: Path) -> None:
