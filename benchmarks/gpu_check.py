@@ -184,6 +184,9 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
         for name, options in {"choices-1B": (HOST_COST,), "choices-A3B": ("Qwen3-30B-A3B", "--layers", "4")}.items():
             command = [python, "-m", "benchmarks.choices", "--config", TESTS / "configs" / options[0], *options[1:]]
             yield Step(name, [*command, "--output", out], by_status, "choices.jsonl")
+        for name, options in {"train-0.6B": ("qwen3-0.6b",), "train-A3B": ("qwen3-30b-a3b", "--layers", "2")}.items():
+            command = [python, "-m", "benchmarks.train_step", "--shape", *options, "--output", out]
+            yield Step(name, command, by_status, "train_step.jsonl")
         rows = "model_check.jsonl"
         for name, options in MODELS.items():
             command = [python, "-m", "benchmarks.model_check", "--config", TESTS / "configs" / name, *options]

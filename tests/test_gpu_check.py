@@ -21,7 +21,7 @@ import pyllama
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: what is installed as pyllama comes first
 
-from benchmarks import choices, gpu_check, host_cost  # noqa: E402
+from benchmarks import choices, gpu_check, host_cost, train_step  # noqa: E402
 from benchmarks.bench import benches  # noqa: E402
 from benchmarks.model_check import compare, cut_down, random_model  # noqa: E402
 from pyllama.architectures import read_config  # noqa: E402
@@ -210,3 +210,16 @@ def test_random_models_are_the_same_each_time(tiny: ModelConfig) -> None:
     first, again, other = (random_model(tiny, "cpu", torch.bfloat16, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_steps_of_training_are_the_same_step() -> None:
+    """Each contender's loss and time; gradients do not stay."""
+    torch.manual_seed(0)
+    model = random_model(read_config(TINY)[0], "cpu", torch.float32).train()
+    token_ids = torch.randint(model.config.vocab_size, (2, 20))
+    engines = train_step.contenders(model, TINY, compiled=False)
+    assert list(engines) == ["pyllama", "pyllama, layers twice", "transformers"]
+    found = [train_step.measure(owner, step, token_ids) for owner, step in engines.values()]
+    assert all(seconds > 0 for seconds, _, _ in found)
+    assert [loss for _, loss, _ in found] == pytest.approx([model(token_ids, token_ids).loss.item()] * 3, rel=1e-5)
+    assert all(parameter.grad is None for owner, _ in engines.values() for parameter in owner.parameters())
