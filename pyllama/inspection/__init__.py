@@ -14,7 +14,7 @@ from pyllama.bench.work import active_parameters, token_flops
 from pyllama.cache import PAGE_SIZE, bytes_per_page
 from pyllama.checkpoint import DTYPES, Checkpoint, TensorInfo, check_header
 from pyllama.config import GQAConfig
-from pyllama.files import CheckpointError, few, printable
+from pyllama.files import CheckpointError, expanded, few, printable
 from pyllama.inspection.tree import Node, tree_of
 from pyllama.loader import download, empty_model, local_folder, read_folder
 from pyllama.weights import plan
@@ -56,7 +56,7 @@ def inspect(source: str | Path, ignore_config_keys: Iterable[str] = ()) -> Inspe
     model that pyllama runs. Tensors that share memory in a file of torch.save count each; of files for each rank every
     piece counts. ignore_config_keys: as in `load`. Raises FileNotFoundError and CheckpointError as `load` does.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         folder, tensors = path.parent, _headers(path)
     elif (local := local_folder(source)) is not None:
