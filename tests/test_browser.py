@@ -25,7 +25,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 BROWSER = next((path for path in map(shutil.which, NAMES) if path), None)
 QUIET = ["--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
 QUIET += ["--disable-sync", "--no-first-run", "--no-sandbox", "--virtual-time-budget=5000"]
-WIDTHS = (1400, 800, 400)
+WIDTHS = {"wide": 1400, "middle": 800, "narrow": 400}
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)} is installed")
 
@@ -67,7 +67,8 @@ def browse(folder: Path, page: str, *options: str) -> tuple[str, str]:
 
 def measure(folder: Path, page: str) -> list[dict[str, Any]]:
     """The page as it is, in a frame of each width. Nothing may be logged."""
-    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{escape(page)}"></iframe>' for width in WIDTHS)
+    frame = f'height="900" srcdoc="{escape(page)}"></iframe>'
+    frames = "".join(f'<iframe width="{width}" {frame}' for width in WIDTHS.values())
     dom, log = browse(folder, f"<!DOCTYPE html><meta charset=utf-8><script>{MEASURE}</script><body>{frames}")
     assert "CONSOLE" not in log, log
     body = re.search(r"<body>(.*)</body>", dom, re.DOTALL)
@@ -106,15 +107,14 @@ def test_everything_has_its_place(name: str, tmp_path: Path) -> None:
     else:
         write_headers_of(tmp_path, name, num_hidden_layers=4)
         found = inspect(tmp_path)
-    wide, middle, narrow = measure(tmp_path, render(found))
-    for frame, width in zip((wide, middle, narrow), WIDTHS, strict=True):
+    for frame, (size, width) in zip(measure(tmp_path, render(found)), WIDTHS.items(), strict=True):
         client, scrolled = frame["width"]
         assert width - 30 < client <= width
         assert scrolled <= client, "it is wider than the window"
         (map_,) = frame["maps"]
         left, top, across, along = map_["box"]
         assert across > 0.9 * min(width, 1200) - 40
-        shape = MAPS["narrow" if width == 400 else "wide"]
+        shape = MAPS[size]
         assert along == pytest.approx(across * shape.height / shape.width, rel=0.01)
         covered = 0.0
         for area in map_["areas"]:

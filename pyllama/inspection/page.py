@@ -22,7 +22,12 @@ MAX_ROWS = 1500  # of the table, and then one for what else a module has
 MAX_BLOCKS = 200  # of the module tree where the model is not known
 MAX_AREAS = 400
 LEAST_AREA = 0.0003  # of the whole: still to be seen
-MAPS = {"wide": Rectangle(0, 0, 1160, 620), "narrow": Rectangle(0, 0, 400, 640)}
+# Of which a window shows one, that labels may be read.
+MAPS = {
+    "wide": Rectangle(0, 0, 1160, 620),
+    "middle": Rectangle(0, 0, 760, 560),
+    "narrow": Rectangle(0, 0, 400, 640),
+}
 MAX_TEXT = 1000
 MAX_OPEN = 40  # rows of the table; of more only the first levels are not folded
 
