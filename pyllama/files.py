@@ -19,6 +19,14 @@ class CheckpointError(ValueError):
     """A checkpoint's files are missing, damaged, unsafe, or not the model that its configuration describes."""
 
 
+def expanded(path: str | Path) -> Path:
+    """The path that a person gave, ~ and ~user being homes. Raises FileNotFoundError for a user that there is not."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: there is no home of this user") from error
+
+
 def check_file(file: Path, most: int | None = None) -> int:
     """The size in bytes of a file that may be opened, `most` at most.
 

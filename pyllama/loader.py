@@ -20,7 +20,7 @@ from pyllama.architectures.reader import ConfigError, read_json
 from pyllama.cache import free_memory
 from pyllama.checkpoint import Checkpoint, parse_dtype
 from pyllama.config import ModelConfig, MoEConfig
-from pyllama.files import CheckpointError
+from pyllama.files import CheckpointError, expanded
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 from pyllama.progress import progress_bar
@@ -189,7 +189,7 @@ def local_folder(source: str | Path) -> Path | None:
         return Path(str(files("pyllama") / "demo"))
     if source == "":
         raise FileNotFoundError("source is empty; give a folder, a Hub id or 'demo'")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return path
     if path.exists():

@@ -25,7 +25,7 @@ from torch import Tensor
 from pyllama.architectures import find_family
 from pyllama.checkpoint import DTYPES, INDEX, parse_dtype
 from pyllama.config import ModelConfig
-from pyllama.files import check_file, parse_size
+from pyllama.files import check_file, expanded, parse_size
 from pyllama.progress import progress_bar
 from pyllama.weights import WeightTable
 
@@ -195,7 +195,7 @@ def _piece(names: WeightTable, config: ModelConfig, parameter: str, value: Tenso
 
 def new_target(folder: str | Path) -> Path:
     """The folder to write, which must be empty if it is there."""
-    target = Path(folder).expanduser().resolve()
+    target = expanded(folder).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder, and nothing is written over")
     return target

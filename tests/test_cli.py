@@ -326,3 +326,13 @@ def test_advice(
     assert len(advice) == len(expected)
     for line, pattern in zip(advice, expected, strict=True):
         assert re.search(pattern, line)
+
+
+def test_paths_of_users_that_there_are_not() -> None:
+    for command in (
+        ["inspect", "~no-such-user/x"],
+        ["generate", "~no-such-user/x", "a"],
+        ["convert", "demo", "~no-such-user/x"],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert (result.exit_code, result.stderr) == (1, "error: ~no-such-user/x: there is no home of this user\n")

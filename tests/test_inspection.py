@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from shards import save, write, write_by_rank
+from shards import save, write, write_by_rank, write_headers
 from tiny import byte_level_tokenizer, write_checkpoint
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -22,21 +21,6 @@ from pyllama.files import CheckpointError
 from pyllama.inspection import inspect
 from pyllama.inspection.report import lines
 from pyllama.inspection.tree import Node
-
-WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
-
-
-def write_headers(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """A file of safetensors whose data take no room: the file system has them as a hole."""
-    header, end = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + torch.Size(shape).numel() * WIDTHS[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text)
-    with file.open("r+b") as opened:
-        opened.truncate(8 + len(text) + end)
 
 
 def flat(node: Node, prefix: str = "") -> dict[str, Node]:

@@ -15,6 +15,7 @@ from pyllama.bench import report
 from pyllama.cli.app import Device, DType, IgnoreKey, Source, app, notes, one_line_errors
 from pyllama.convert import convert as convert_checkpoint
 from pyllama.inspection import inspect
+from pyllama.inspection.page import target_file, write_page
 from pyllama.inspection.report import lines
 
 
@@ -43,13 +44,21 @@ def inspect_command(
     source: Annotated[str, typer.Argument(help="A folder, a file of weights, a Hugging Face Hub id, or 'demo'.")],
     ignore_config_key: IgnoreKey = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    html: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also write pictures of it: a page that needs no other file, nor a network."),
+    ] = None,
 ) -> None:
     """Say what the checkpoint SOURCE consists of, from its headers: modules, shapes, parameters, bytes.
 
     It need not be of a model that pyllama runs. Modules of one structure are one line: layers, experts.
     """
     with one_line_errors():
+        if html is not None:
+            target_file(html)  # before anything is read
         inspection = inspect(source, ignore_config_key or ())
+        if html is not None:
+            write_page(inspection, html)
         typer.echo(json.dumps(asdict(inspection)) if json_ else "\n".join(lines(inspection)))
 
 

@@ -14,7 +14,8 @@ from pyllama.bench.work import active_parameters, token_flops
 from pyllama.cache import PAGE_SIZE, bytes_per_page
 from pyllama.checkpoint import DTYPES, Checkpoint, TensorInfo, check_header
 from pyllama.config import GQAConfig
-from pyllama.files import CheckpointError, few, printable
+from pyllama.files import CheckpointError, expanded, few, printable
+from pyllama.inspection.structure import Run, structure_of
 from pyllama.inspection.tree import Node, tree_of
 from pyllama.loader import download, empty_model, local_folder, read_folder
 from pyllama.weights import plan
@@ -24,6 +25,8 @@ from pyllama.weights import plan
 class ModelFacts:
     """What follows from the configuration of a model that pyllama runs."""
 
+    vocab_size: int
+    hidden_size: int
     layers: int
     max_positions: int
     dtype: str  # of most of the weights
@@ -35,6 +38,7 @@ class ModelFacts:
     flops_per_token: int  # of a new token, in products with weights, the head's included
     flops_per_token_seen: int  # and in attention, for each token that it sees
     windows: int  # layers that see no further than a window
+    structure: tuple[Run, ...]  # all layers, in order
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def inspect(source: str | Path, ignore_config_keys: Iterable[str] = ()) -> Inspe
     model that pyllama runs. Tensors that share memory in a file of torch.save count each; of files for each rank every
     piece counts. ignore_config_keys: as in `load`. Raises FileNotFoundError and CheckpointError as `load` does.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         folder, tensors = path.parent, _headers(path)
     elif (local := local_folder(source)) is not None:
@@ -115,6 +119,8 @@ def _facts(folder: Path, tensors: Mapping[str, TensorInfo], ignore_config_keys: 
     per_token, per_token_seen = token_flops(model)
     attentions = [layer.attention for layer in config.layers]
     return ModelFacts(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
         layers=len(config.layers),
         max_positions=config.max_positions,
         dtype=next(name for name, known in DTYPES.items() if known == dtype),
@@ -126,4 +132,5 @@ def _facts(folder: Path, tensors: Mapping[str, TensorInfo], ignore_config_keys: 
         flops_per_token=per_token,
         flops_per_token_seen=per_token_seen,
         windows=sum(isinstance(a, GQAConfig) and a.window is not None for a in attentions),
+        structure=structure_of(model),
     )

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pyllama.files import printable
 from pyllama.inspection import Inspection
 from pyllama.inspection.tree import Node
 
 COLUMNS = ("module", "number", "shape", "type", "parameters", "bytes", "share")
+
+
+class Fact(NamedTuple):
+    name: str
+    figure: str
+    more: str = ""  # what follows the figure
+
+    def __str__(self) -> str:
+        return self.figure + self.more
 
 
 def lines(inspection: Inspection) -> Iterator[str]:
@@ -18,42 +28,45 @@ def lines(inspection: Inspection) -> Iterator[str]:
 
 
 def _lines(inspection: Inspection) -> Iterator[str]:
-    facts = list(_facts(inspection))
-    width = max(len(name) for name, _ in facts)
-    yield from (f"{name:{width}}  {value}" for name, value in facts)
+    found = [Fact("source", printable(inspection.source)), *facts(inspection)]
+    if inspection.problem is not None:
+        found.append(Fact("no model", f"that pyllama runs: {inspection.problem}"))
+    width = max(len(fact.name) for fact in found)
+    yield from (f"{fact.name:{width}}  {fact}" for fact in found)
     yield ""
     total = inspection.root.bytes
-    rows = [(line, *_cells(node, total)) for line, node in _tree(inspection.root.children)]
-    rows += [("all", *_cells(inspection.root, total))]
+    rows = [(line, *cells(node, total)) for line, node in _tree(inspection.root.children)]
+    rows += [("all", *cells(inspection.root, total))]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     for first, *others in (COLUMNS, *rows):
-        cells = [first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(others, widths[1:], strict=True))]
-        yield "  ".join(cells).rstrip()
+        columns = [first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(others, widths[1:], strict=True))]
+        yield "  ".join(columns).rstrip()
 
 
-def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
+def facts(inspection: Inspection) -> Iterator[Fact]:
     root, model = inspection.root, inspection.model
-    yield "source", printable(inspection.source)
+    counts = f"{counted(inspection.files, 'file')}, {counted(inspection.tensors, 'tensor')}"
+    yield Fact("files", counts, f", {size(root.bytes)}")
     shares = sorted(inspection.dtypes.items(), key=lambda item: -item[1])
-    types = ", ".join(f"{printable(name)} {_share(size, root.bytes)}" for name, size in shares)
-    yield "files", f"{_count(inspection.files, 'file')}, {_count(inspection.tensors, 'tensor')}, {_size(root.bytes)}"
-    yield "types", types
+    yield Fact("types", ", ".join(f"{printable(name)} {share(part, root.bytes)}" for name, part in shares))
     if model is None:
-        yield "parameters", f"{root.parameters:,} floating-point numbers in the files; packed integers are not counted"
-        yield "no model", f"that pyllama runs: {inspection.problem}"
+        numbers = " floating-point numbers in the files; packed integers are not counted"
+        yield Fact("parameters", f"{root.parameters:,}", numbers)
         return
-    yield "parameters", f"{model.parameters:,}"
+    yield Fact("parameters", f"{model.parameters:,}")
     if model.active_parameters < model.parameters:
-        share = _share(model.active_parameters, model.parameters)
-        yield "active per token", f"{model.active_parameters:,} ({share}): all but the experts that it does not choose"
+        part = share(model.active_parameters, model.parameters)
+        idle = f" ({part}): all but the experts that it does not choose"
+        yield Fact("active per token", f"{model.active_parameters:,}", idle)
     tied = "also the head" if model.tied else "the head is a weight of its own"
-    share = _share(model.embedding_parameters, model.parameters)
-    yield "embedding", f"{model.embedding_parameters:,} ({share}), {tied}"
-    yield "layers, context", f"{model.layers}, {model.max_positions:,} tokens"
-    yield "cache per token", f"{_size(model.cache_bytes_per_token)} in {model.dtype}"
-    seen = f"{_scaled(model.flops_per_token_seen)}FLOP for each token that it sees"
+    part = share(model.embedding_parameters, model.parameters)
+    yield Fact("embedding", f"{model.embedding_parameters:,}", f" ({part}), {tied}")
+    yield Fact("layers", f"{model.layers:,}")
+    yield Fact("context", f"{model.max_positions:,} tokens")
+    yield Fact("cache per token", size(model.cache_bytes_per_token), f" in {model.dtype}")
+    seen = f", and {_scaled(model.flops_per_token_seen)}FLOP for each token that it sees"
     windows = f", within a window in {model.windows} of the layers" if model.windows else ""
-    yield "work per token", f"{_scaled(model.flops_per_token)}FLOP, and {seen}{windows}"
+    yield Fact("work per token", f"{_scaled(model.flops_per_token)}FLOP", seen + windows)
 
 
 def _tree(nodes: tuple[Node, ...], indent: str = "") -> Iterator[tuple[str, Node]]:
@@ -64,23 +77,24 @@ def _tree(nodes: tuple[Node, ...], indent: str = "") -> Iterator[tuple[str, Node
         yield from _tree(node.children, indent + ("   " if last else "│  "))
 
 
-def _cells(node: Node, total: int) -> tuple[str, ...]:
+def cells(node: Node, total: int) -> tuple[str, ...]:
+    """Of all columns but the first."""
     shape = "" if node.shape is None else printable(" x ".join(map(str, node.shape))) or "scalar"
     number = f"{node.count:,}" if node.count > 1 else ""
-    counts = f"{node.parameters:,}", _size(node.bytes), _share(node.bytes, total)
+    counts = f"{node.parameters:,}", size(node.bytes), share(node.bytes, total)
     return number, shape, printable(node.dtype or ""), *counts
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _share(part: int, whole: int) -> str:
+def share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "0.0%"
 
 
-def _size(size: int) -> str:
-    return f"{_scaled(size)}B"
+def size(number: int) -> str:
+    return f"{_scaled(number)}B"
 
 
 def _scaled(number: float) -> str:

@@ -4,6 +4,8 @@ import torch
 
 import pyllama
 from pyllama import _C
+from pyllama.inspection import inspect
+from pyllama.inspection.page import render
 from pyllama.ops.product import product
 
 x, weight = torch.randn(3, 5, 64), torch.randn(64)
@@ -49,6 +51,8 @@ assert total._version > version  # autograd learns of the write
 
 for op in _C.ops:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyllama::{op}", "CUDA"), op
+
+assert "</html>" in render(inspect("demo"))  # whose template lies beside the code
 
 devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 models = [pyllama.load("demo", device=device, dtype="float32") for device in devices]
