@@ -32,15 +32,15 @@ from pyllama.ops.moe_dispatch import moe_dispatch
 from pyllama.ops.registry import cast, compute_dtype
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils, modeling_utils
     from transformers.activations import SiLUActivation
     from transformers.integrations.moe import ExpertsInterface
 
-    if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
-        raise ImportError("this version's masks are made from other arguments")
+    if not hasattr(modeling_utils, "ALL_EXPERTS_FUNCTIONS"):
+        raise ImportError("the one installed takes no experts but its own")
 except ImportError as error:
     raise ImportError(
-        f"pyllama.integrations.transformers needs transformers 5.4 or newer ({error}): pip install -U transformers"
+        f"pyllama.integrations.transformers needs transformers 5.7 or newer ({error}): pip install -U transformers"
     ) from error
 
 NAME = "pyllama"
@@ -99,7 +99,7 @@ class Sequences:
     cu_seqlens_k: Tensor
     order_q: Tensor | None = None  # [B * n], the queries' rows with each batch row's padding moved to its end
     order_k: Tensor | None = None  # [B * m], the keys' likewise
-    whole: bool = False  # each batch row is one sequence, as far as is known
+    whole: bool = False  # where there are as many queries as keys, a row is one sequence, as far as is known
     by_positions: Sequences | None = None  # what position_ids made of this one
 
     ndim = 4  # transformers looks here for masks of padding (2), and passes others on
@@ -228,7 +228,7 @@ def _sequences(
             return whole
         tokens_B = torch.as_tensor(filled, device=device).expand(B)
         bounds_q, bounds_k = _bounds(torch.full_like(tokens_B, n), n), _bounds(tokens_B, m)
-        return replace(whole, whole=False, cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
+        return replace(whole, cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
     token_Bm = nn.functional.pad(attention_mask, (0, max(kv_offset + m - attention_mask.shape[1], 0)))
     token_Bm = token_Bm[:, kv_offset : kv_offset + m]
     if partial:

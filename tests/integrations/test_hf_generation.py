@@ -39,6 +39,30 @@ def test_generate(family: str, mask: Tensor, cache: str | None) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "mixtral"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_from_one_padded_row(family: str, cache: str | None) -> None:
+    """Whose positions begin again and again, which does not make it packed."""
+    model = model_of(CONFIGS[family]).eval()
+    expected, found = (generated(model, name, LEFT[:1], cache_implementation=cache) for name in (REFERENCE, "pyllama"))
+    assert torch.equal(found["tokens"], expected["tokens"])
+    assert_same(found, expected)
+
+
+def test_a_mask_as_long_as_a_static_cache() -> None:
+    model, ids = model_of(CONFIGS["llama"]).eval(), tokens(3, 7)
+    mask = torch.cat([LEFT, torch.ones(3, 5, dtype=torch.long)], dim=1)
+    logits = []
+    for attention in (REFERENCE, "pyllama"):
+        use(model, attention)
+        past = StaticCache(config=model.config, max_cache_len=12)
+        prompt = model(ids, attention_mask=mask, past_key_values=past).logits[LEFT.bool()]
+        logits.append(
+            {"prompt": prompt.detach(), "next": model(ids[:, :1], attention_mask=mask, past_key_values=past).logits}
+        )
+    assert_same(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral"])
 def test_beams(family: str) -> None:
     model = model_of(CONFIGS[family]).eval()
     expected, found = (generated(model, name, LEFT, num_beams=3)["tokens"] for name in (REFERENCE, "pyllama"))

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from emulated import EMULATOR
-from hf_models import COMMON, LATENT, model_of, padding, tokens, use
+from hf_models import COMMON, EXPERTS, LATENT, model_of, padding, tokens, use
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DeepseekV3Config, MistralConfig, MixtralConfig, PreTrainedConfig
+from transformers import DeepseekV3Config, MistralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import pyllama
 
@@ -27,7 +27,7 @@ LATENT_SIZES = {
     "head_dim": 64,
 }
 CONFIGS = {
-    "experts": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "experts": Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4),  # its routers' weights are bfloat16
     "window": MistralConfig(**SIZES, sliding_window=5),
     "latent": DeepseekV3Config(**LATENT_SIZES, n_group=2, topk_group=1),
 }
