@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch import Tensor
 from pyllama.architectures import find_family
 from pyllama.checkpoint import DTYPES, Checkpoint
 from pyllama.config import ModelConfig
-from pyllama.files import check_file
+from pyllama.files import check_file, parse_size
 from pyllama.loader import empty_model, find_folder, parse_dtype, progress_bar, read_folder
 from pyllama.save import Piece, unstack, write_tensors
 from pyllama.transfer import copy_weights
@@ -30,7 +29,6 @@ from pyllama.weights import Part, WeightTable, check_tied, plan
 # Beside config.json and the weights: tokenizer, chat template, generation_config.json, licence.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
 NOT_COPIED = ("config.json", "params.json", "*.index.json")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def convert(
@@ -45,13 +43,13 @@ def convert(
     source, ignore_config_keys: as for `pyllama.load`. folder: is made, and must be empty if it is there; what is
     written appears in it when all is done. dtype: "float32", "bfloat16", "float16" or "float64"; None keeps each
     tensor's own, except that weights of 8 bits take that of the others. max_shard_size: of each file, bytes or as
-    in "5GB" (10^9 bytes each).
+    in "5GB" (10^9 bytes each) or "5GiB" (2^30).
 
     Raises what `pyllama.load` raises, FileExistsError where something is in the folder, and OSError where the disk
     has no room.
     """
     target = Path(folder).expanduser().resolve()
-    chosen, limit = parse_dtype(dtype), _bytes(max_shard_size)
+    chosen, limit = parse_dtype(dtype), parse_size("max_shard_size", max_shard_size)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder, and nothing is written over")
     origin = find_folder(source, ignore_config_keys)
@@ -134,11 +132,3 @@ def _new_folder(target: Path, size: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-
-
-def _bytes(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).upper())
-    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if count < 1:
-        raise ValueError(f"max_shard_size must be a number of bytes, or one as in '5GB' or '500MB', got {size!r}")
-    return count

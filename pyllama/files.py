@@ -14,6 +14,11 @@ from pathlib import Path
 # Where the Hub's cache keeps what its snapshots, and older downloads into a folder, link to.
 _BLOB = re.compile(r".*/(?:models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}")
 
+_PREFIXES = " KMGT"
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate(_PREFIXES) if power}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate(_PREFIXES) if power}
+
 
 class CheckpointError(ValueError):
     """A checkpoint's files are missing, damaged, unsafe, or not the model that its configuration describes."""
@@ -59,3 +64,15 @@ def printable(name: str) -> str:
     """A name from a file, which could steer a terminal or fill it."""
     text = name if name.isprintable() else ascii(name)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def parse_size(name: str, size: int | str, least: int = 1) -> int:
+    """The bytes that the option `name` says, a number or as in "5GB" (10^9 bytes each) or "5GiB" (2^30).
+
+    Raises ValueError for anything else, and for less than `least` bytes.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).upper())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else -1
+    if count < least:
+        raise ValueError(f"{name} must be a number of bytes, or one as in '5GB' or '500MiB', got {size!r}")
+    return count

@@ -20,7 +20,15 @@ from pyllama.bench.shapes import SHAPES, Values, find_shape, first_layers
 from pyllama.bench.work import Cell, active_parameters, cache_bytes, prompt_work, step_work
 from pyllama.cache import free_memory
 from pyllama.config import ModelConfig
-from pyllama.loader import DTYPES, check_kernels_take, find_folder, load, parse_dtype, read_folder, target_device
+from pyllama.loader import (
+    check_kernels_take,
+    configured_dtype,
+    find_folder,
+    load,
+    parse_dtype,
+    read_folder,
+    target_device,
+)
 from pyllama.ops.registry import OPS, implementation
 
 DOES_NOT_FIT = "does not fit"
@@ -210,5 +218,4 @@ def _cells(
 
 def _own_dtype(values: Values, device: torch.device) -> torch.dtype:
     """As `load` chooses: float32 on a CPU, on a GPU the checkpoint's own."""
-    own = DTYPES.get(str(values.get("torch_dtype", values.get("dtype"))), torch.bfloat16)
-    return own if device.type == "cuda" else torch.float32
+    return configured_dtype(values) if device.type == "cuda" else torch.float32

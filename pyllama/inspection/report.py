@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pyllama.files import printable
 from pyllama.inspection import Inspection
@@ -25,8 +25,13 @@ def _lines(inspection: Inspection) -> Iterator[str]:
     total = inspection.root.bytes
     rows = [(line, *_cells(node, total)) for line, node in _tree(inspection.root.children)]
     rows += [("all", *_cells(inspection.root, total))]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    for first, *others in (COLUMNS, *rows):
+    yield from aligned([COLUMNS, *rows])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(others, widths[1:], strict=True))]
         yield "  ".join(cells).rstrip()
 
@@ -36,7 +41,7 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "source", printable(inspection.source)
     shares = sorted(inspection.dtypes.items(), key=lambda item: -item[1])
     types = ", ".join(f"{printable(name)} {_share(size, root.bytes)}" for name, size in shares)
-    yield "files", f"{_count(inspection.files, 'file')}, {_count(inspection.tensors, 'tensor')}, {_size(root.bytes)}"
+    yield "files", f"{_count(inspection.files, 'file')}, {_count(inspection.tensors, 'tensor')}, {size(root.bytes)}"
     yield "types", types
     if model is None:
         yield "parameters", f"{root.parameters:,} floating-point numbers in the files; packed integers are not counted"
@@ -50,7 +55,7 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
     share = _share(model.embedding_parameters, model.parameters)
     yield "embedding", f"{model.embedding_parameters:,} ({share}), {tied}"
     yield "layers, context", f"{model.layers}, {model.max_positions:,} tokens"
-    yield "cache per token", f"{_size(model.cache_bytes_per_token)} in {model.dtype}"
+    yield "cache per token", f"{size(model.cache_bytes_per_token)} in {model.dtype}"
     seen = f"{_scaled(model.flops_per_token_seen)}FLOP for each token that it sees"
     windows = f", within a window in {model.windows} of the layers" if model.windows else ""
     yield "work per token", f"{_scaled(model.flops_per_token)}FLOP, and {seen}{windows}"
@@ -67,7 +72,7 @@ def _tree(nodes: tuple[Node, ...], indent: str = "") -> Iterator[tuple[str, Node
 def _cells(node: Node, total: int) -> tuple[str, ...]:
     shape = "" if node.shape is None else printable(" x ".join(map(str, node.shape))) or "scalar"
     number = f"{node.count:,}" if node.count > 1 else ""
-    counts = f"{node.parameters:,}", _size(node.bytes), _share(node.bytes, total)
+    counts = f"{node.parameters:,}", size(node.bytes), _share(node.bytes, total)
     return number, shape, printable(node.dtype or ""), *counts
 
 
@@ -79,7 +84,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "0.0%"
 
 
-def _size(size: int) -> str:
+def size(size: int) -> str:
     return f"{_scaled(size)}B"
 
 
