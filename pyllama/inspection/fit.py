@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from sys import maxsize
 
@@ -48,8 +47,10 @@ class Cell:
     context: int
     batch: int
     cache_bytes: int
-    workspace_bytes: int  # activations, logits, tables, state, and what the allocator cannot use
-    bytes: int  # in all
+    workspace_bytes: (
+        int | None
+    )  # activations, logits, tables, state, and what the allocator cannot use; None: see below
+    bytes: int  # in all; where weights and cache alone are too much, these two
     fits: bool
 
 
@@ -120,15 +121,22 @@ def fit(
     use, page, room = Use(model, chosen, target.type, staged), bytes_per_page(config, chosen), free - kept
     weights = sum(use.weights)
 
-    def cell(context: int, batch: int) -> Cell:
-        total, cached = use.generating(batch, context), batch * pages_for(max(context - 1, 1)) * page
-        return Cell(context, batch, cached, total - weights - cached, total, total <= room)
+    def kept_bytes(context: int, batch: int) -> int:
+        """Of weights and cache; the last token is given out and never computed."""
+        return weights + batch * pages_for(max(context - 1, 1)) * page
 
-    def fits(context: int, batch: int) -> bool:
-        return weights + batch * pages_for(max(context - 1, 1)) * page <= room and cell(context, batch).fits
+    def cell(context: int, batch: int) -> Cell:
+        stays = kept_bytes(context, batch)
+        total = stays if stays > room else use.generating(batch, context)
+        return Cell(context, batch, stays - weights, None if stays > room else total - stays, total, total <= room)
+
+    def largest_batch(context: int) -> int:
+        most = (room - weights) // (kept_bytes(context, 1) - weights)
+        return _largest(lambda batch: use.generating(batch, context), room, min(most, MOST_BATCH))
 
     longest, shown = config.max_positions, _contexts(contexts, config.max_positions)
-    pages = _largest(lambda pages: fits(min(pages * PAGE_SIZE, longest), 1), pages_for(longest))
+    most_pages = min((room - weights) // page, pages_for(longest))
+    pages = _largest(lambda pages: use.generating(1, min(pages * PAGE_SIZE, longest)), room, most_pages)
     return Fit(
         source=str(source),
         device=target.type,
@@ -143,7 +151,7 @@ def fit(
         fits=pages > 0,
         left=room - use.loaded(),
         largest_context=min(pages * PAGE_SIZE, longest),
-        largest_batches={context: _largest(partial(fits, context), MOST_BATCH) for context in shown},
+        largest_batches={context: largest_batch(context) for context in shown},
         cells=tuple(cell(context, batch) for context in shown for batch in _batches(batches)),
     )
 
@@ -179,7 +187,7 @@ def _origin(source: str | Path, ignore_config_keys: Iterable[str]) -> _Origin:
     if shape:
         values = SHAPES[str(source)]
         config, table = read_config(values, ignore_config_keys)
-    elif folder is not None and not any(folder.glob(pattern) for pattern in WEIGHTS):
+    elif folder is not None and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         values, config, table = read_folder(folder, ignore_config_keys)
     else:
         folder, checkpoint = open_headers(source)
@@ -203,10 +211,16 @@ def _batches(batches: Sequence[int]) -> list[int]:
     return sorted(set(batches))
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 if none does; all below one that fits do."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = min(2 * low + 1, (low + high) // 2)  # few fit, or nearly all
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _largest(size: Callable[[int], int], room: int, most: int) -> int:
+    """The largest number up to `most` whose size is at most `room`, 0 if there is none; sizes grow with numbers."""
+    if most < 1 or (first := size(1)) > room:
+        return 0
+    if (last := size(most)) <= room:
+        return most
+    low, high = (1, first), (most, last)
+    while high[0] - low[0] > 1:  # sizes grow evenly, or nearly so
+        guess = low[0] + (room - low[1]) * (high[0] - low[0]) // (high[1] - low[1])
+        middle = min(max(guess, low[0] + 1), high[0] - 1)
+        found = middle, size(middle)
+        low, high = (found, high) if found[1] <= room else (low, found)
+    return low[0]

@@ -24,7 +24,7 @@ def lines(fit: Fit) -> Iterator[str]:
         rows.append([f"{context:,}", *(cells[context, batch] for batch in batches), number])
     yield from aligned(rows)
     yield ""
-    yield "bytes in all; ✗ does not fit"
+    yield "bytes in all; ✗ does not fit, of which without the workspace where that much is too much already"
 
 
 def _facts(fit: Fit) -> Iterator[tuple[str, str]]:
@@ -35,10 +35,11 @@ def _facts(fit: Fit) -> Iterator[tuple[str, str]]:
             "mapped",
             f"{size(fit.mapped_bytes)} of them, left in the files and read through the system's cache of these",
         )
-    if fit.cells:
-        cell = min(fit.cells, key=lambda cell: (cell.batch, -cell.context))
+    known = [cell for cell in fit.cells if cell.workspace_bytes is not None]
+    if known:
+        cell = min(known, key=lambda cell: (cell.batch, -cell.context))
         least = ", and what ops take within" if fit.device == "cpu" else ""
-        yield "workspace", f"{size(cell.workspace_bytes)} for batch {cell.batch}, context {cell.context:,}{least}"
+        yield "workspace", f"{size(cell.workspace_bytes or 0)} for batch {cell.batch}, context {cell.context:,}{least}"
     yield "cache per token", size(fit.cache_bytes_per_token)
     yield (
         "memory",

@@ -57,14 +57,14 @@ INSIDE: dict[str, Callable[..., int]] = {
 
 
 class Recorded(TorchDispatchMode):
-    """Takes of an allocator what the tensors made inside take, and gives it back when they go.
+    """Takes of allocators, of each, what the tensors made inside take, and gives it back when they go.
 
     kernels: also what kernels take while they run.
     """
 
-    def __init__(self, allocator: Allocator, kernels: bool) -> None:
+    def __init__(self, allocators: Sequence[Allocator], kernels: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._allocator, self._kernels = allocator, kernels
+        self._allocators, self._kernels = allocators, kernels
         self._known: set[int] = set()  # storages that are there, of ours and of others
 
     def __torch_dispatch__(
@@ -75,10 +75,11 @@ class Recorded(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for storage in _storages(result):
             if self._know(storage):
-                block = self._allocator.take(storage.nbytes())
-                weakref.finalize(storage, self._allocator.give_back, block)
+                for allocator in self._allocators:
+                    weakref.finalize(storage, allocator.give_back, allocator.take(storage.nbytes()))
         if self._kernels and (inside := INSIDE.get(function.name())):
-            self._allocator.give_back(self._allocator.take(inside(*args, **(kwargs or {}))))
+            for allocator in self._allocators:
+                allocator.give_back(allocator.take(inside(*args, **(kwargs or {}))))
         return result
 
     def _know(self, storage: torch.UntypedStorage) -> bool:
@@ -134,8 +135,9 @@ class Use:
         self._make_tables(pages_for(prompt))
         for _, table in self._model._tables.values():
             allocator.take(table.nbytes)
+        on_gpu = self._device == "cuda"
         pages = PagedCache(self._config, min(batch, PREFILL_TOKENS) * pages_for(prompt), META, self._dtype)
-        with Recorded(allocator, self._device == "cuda"):
+        with Recorded([allocator], on_gpu):
             sequences = CachedContext(self._model, [range(prompt)] * batch, [1] * batch, 1, batch)
             for layer in (Counter(self._layers) - Counter(self._config.layers)).elements():  # those left out
                 shape = batch * pages_for(prompt), *page_shape(layer.attention)
@@ -143,13 +145,10 @@ class Use:
             sampler = Sampler(SAMPLING, [()] * batch, [0] * batch, self._config.vocab_size, META)
             tokens_B = torch.empty(batch, dtype=torch.int64, device=META)
             tokens_B.copy_(sampler.choose(self._prefill(batch, prompt, pages)))
-            sampler.choose(sequences.extend(tokens_B))
-        if self._device == "cpu":
-            return allocator.taken
-        with Recorded(captured, True):
+        with Recorded([allocator, captured], on_gpu):
             logits_BV = sequences.extend(tokens_B)
             sampler.choose(logits_BV)
-        return allocator.taken + captured.taken + CUBLAS_WORKSPACES
+        return allocator.taken + (captured.taken + CUBLAS_WORKSPACES if on_gpu else 0)
 
     def _make_tables(self, pages: int) -> None:
         """RoPE's, as the first pass does, on the host: on the device is what comes of it."""
