@@ -64,7 +64,7 @@ def fit_command(
     dtype: DType = None,
     batch: Annotated[
         Any, typer.Option(parser=_numbers, metavar="N,N,...", help="Numbers of sequences.")
-    ] = "1,2,4,8,16,32,64,128",
+    ] = "1,2,4,8,16,32,64",
     context: Annotated[
         Any,
         typer.Option(parser=_numbers, metavar="N,N,...", help="Tokens; without it powers of two up to the model's."),

@@ -31,9 +31,9 @@ from pyllama.loader import (
 from pyllama.transfer import is_mapped, staged_bytes
 from pyllama.weights import WeightTable, plan
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 MOST_BATCH = 1024  # that is looked for
-SHORTEST = 256  # context of the table, of models that have more
+SHORTEST = 1024  # context of the table, of models that have more
 # Of a GPU whose size is given: the CUDA context, kernels, what torch's allocator cannot use. As much as llama.cpp
 # leaves free on every GPU (its --fit-target, 1024 MiB); of a GPU that is here, what is free is known.
 RESERVE = 2**30
