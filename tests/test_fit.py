@@ -322,7 +322,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert re.search(
         r"^does not fit +the weights alone need 1.\d\d GB more than there is$", result.stdout, re.MULTILINE
     )
-    assert "✗ 16.1 GB" in result.stdout
+    assert re.search(r"^1,024 +✗ 16.2 GB", result.stdout, re.MULTILINE)
     for source, message in (
         (tmp_path, "has no config.json"),
         ("llama-3.1-9b/", "there is no folder"),
