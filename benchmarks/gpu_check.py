@@ -148,8 +148,16 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
 
     if stage == "test":
         others = [TESTS / "ops" / "test_graphs.py", TESTS / "models" / "test_emulated.py", TESTS / "test_step.py"]
-        others.append(TESTS / "test_extension.py")
-        command = [*pytest, out / "tests.jsonl", *within(0.6), "-k", "cuda or test_extension", *tests, *others]
+        others += [TESTS / "test_extension.py", TESTS / "test_fit.py"]
+        command = [
+            *pytest,
+            out / "tests.jsonl",
+            *within(0.6),
+            "-k",
+            "cuda or test_extension or on_a_gpu",
+            *tests,
+            *others,
+        ]
         yield Step("tests", command, by_status, "tests.jsonl")
         yield from conformance(out)
         for left, seed in zip((2, 1), SEEDS, strict=True):

@@ -34,6 +34,7 @@ from pyllama.batch import Batch
 from pyllama.bench.engines import random_model as bench_model
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
 from pyllama.config import LayerConfig, ModelConfig, MoEConfig
+from pyllama.inspection.workspace import Use
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 
@@ -122,6 +123,35 @@ def compare(
     }
 
 
+FIT_CELL = 8, 2048  # sequences, and tokens of each in the end
+FIT_SHARE = 0.03
+
+
+def compare_memory(model: Model) -> dict[str, Any]:
+    """A row: bytes computed by `pyllama fit` and taken. The model is on a GPU, and nothing else of this process."""
+    batch, context = FIT_CELL
+    device, dtype = model.device, model.dtype
+    use = Use(model, dtype, device.type)
+    computed = use.loaded(), use.generating(batch, context)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    loaded, free = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[0]
+    pyllama.generate(model, [[5] * (context - 8)] * batch, max_new_tokens=8, temperature=1.0, ignore_eos=True)
+    torch.cuda.synchronize(device)
+    reserved = torch.cuda.max_memory_reserved(device)
+    grown = loaded + free - torch.cuda.mem_get_info(device)[0]
+    return {
+        "fit_passed": abs(computed[1] - reserved) <= FIT_SHARE * reserved,
+        "fit_loaded_bytes": computed[0],
+        "loaded_bytes": loaded,
+        "fit_bytes": computed[1],
+        "reserved_bytes": reserved,
+        "allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "grown_bytes": grown,  # with kernels, graphs and what else CUDA itself keeps
+        "outside_bytes": torch.cuda.get_device_properties(device).total_memory - free - loaded,  # the context, others'
+    }
+
+
 def main(
     config: Annotated[Path, typer.Option(help="folder with a config.json")] = CONFIG,
     tokens: Annotated[int, typer.Option(min=2)] = 64,
@@ -133,10 +163,12 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     read, _ = read_config(json.loads((config / "config.json").read_text()))
     results = Results(rows)
-    row = compare(random_model(cut_down(read, first, layers, experts), device, torch.bfloat16), tokens)
+    model = random_model(cut_down(read, first, layers, experts), device, torch.bfloat16)
+    memory = compare_memory(model) if device == "cuda" else {}
+    row = memory | compare(model, tokens)
     results.add(model=config.name, **{k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
     results.show("bfloat16, greedy, batch 1; differences in standard deviations of the logits")
-    raise SystemExit(not row["passed"])
+    raise SystemExit(not (row["passed"] and row.get("fit_passed", True)))
 
 
 if __name__ == "__main__":

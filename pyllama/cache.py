@@ -36,7 +36,9 @@ def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of the device's memory that can still be taken; infinity where the system does not say."""
+    """Bytes of the device's memory that can still be taken; infinity where the system does not say, and on `meta`."""
+    if device.type == "meta":
+        return float("inf")
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own cache
         return torch.cuda.mem_get_info(device)[0] + unused

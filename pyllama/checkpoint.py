@@ -163,7 +163,7 @@ def _with_piece(known: TensorInfo | None, name: str, piece: TensorInfo, found: F
 
 def _open_safetensors(file: Path, stack: ExitStack, headers_only: bool) -> Source:
     size = file.stat().st_size
-    read: Callable[[str], Tensor] = _read_nothing
+    read: Callable[[str], Tensor] = read_nothing
     try:
         opened = stack.enter_context(file.open("rb"))
         length = int.from_bytes(opened.read(8), "little")
@@ -205,7 +205,7 @@ def check_header(header: dict[str, Any], size: int | None) -> None:
         raise ValueError(f"its tensors take {end:,} bytes, but there are {size:,}")
 
 
-def _read_nothing(name: str) -> Tensor:
+def read_nothing(name: str) -> Tensor:
     raise RuntimeError(f"{printable(name)} cannot be read: only headers were opened")
 
 
@@ -220,7 +220,7 @@ def _open_torch(file: Path, stack: ExitStack, headers_only: bool) -> Source:
     tensors = {} if headers_only else load_state_dict(file)
     found: Mapping[str, Stored | Tensor] = read_headers(file)[1] if headers_only else tensors
     headers = {name: (tuple(tensor.shape), NAMES[tensor.dtype]) for name, tensor in found.items()}
-    return Source(file, headers, _read_nothing if headers_only else tensors.__getitem__)
+    return Source(file, headers, read_nothing if headers_only else tensors.__getitem__)
 
 
 @dataclass(frozen=True)

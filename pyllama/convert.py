@@ -34,12 +34,12 @@ def convert(
     source, ignore_config_keys: as for `pyllama.load`. folder: is made, and must be empty if it is there; what is
     written appears in it when all is done. dtype: "float32", "bfloat16", "float16" or "float64"; None keeps each
     tensor's own, except that weights of 8 bits take that of the others. max_shard_size: of each file, bytes or as
-    in "5GB" (10^9 bytes each).
+    in "5GB" (10^9 bytes each) or "5GiB" (2^30).
 
     Raises what `pyllama.load` raises, FileExistsError where something is in the folder, and OSError where the disk
     has no room.
     """
-    target, chosen, limit = new_target(folder), parse_dtype(dtype), parse_size(max_shard_size, "max_shard_size")
+    target, chosen, limit = new_target(folder), parse_dtype(dtype), parse_size("max_shard_size", max_shard_size)
     origin = find_folder(source, ignore_config_keys)
     values, config, table = read_folder(origin, ignore_config_keys)
     names = find_family(values).weights(config)

@@ -14,6 +14,11 @@ from pathlib import Path
 # Where the Hub's cache keeps what its snapshots, and older downloads into a folder, link to.
 _BLOB = re.compile(r".*/(?:models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}")
 
+_PREFIXES = " KMGT"
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate(_PREFIXES) if power}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate(_PREFIXES) if power}
+
 
 class CheckpointError(ValueError):
     """A checkpoint's files are missing, damaged, unsafe, or not the model that its configuration describes."""
@@ -69,15 +74,13 @@ def printable(name: str) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def parse_size(size: int | str, name: str) -> int:
-    """Bytes: a number of them, or text as "5GB" or "500 MB" (powers of 1000), "8GiB" (powers of 1024).
+def parse_size(name: str, size: int | str, least: int = 1) -> int:
+    """The bytes that the option `name` says, a number or as in "5GB" (10^9 bytes each) or "5GiB" (2^30).
 
-    Raises ValueError, with the argument's name, for anything else, and for less than 1.
+    Raises ValueError for anything else, and for less than `least` bytes.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT]?)(I?)B)?", str(size).upper())
-    count = 0
-    if match:
-        count = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
-    if count < 1:
-        raise ValueError(f"{name} must be a number of bytes, or one as in '5GB' or '500MB', got {size!r}")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).upper())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else -1
+    if count < least:
+        raise ValueError(f"{name} must be a number of bytes, or one as in '5GB' or '500MiB', got {size!r}")
     return count

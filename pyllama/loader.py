@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pyllama import _C
 from pyllama.architectures import hugging_face_config, read_config
 from pyllama.architectures.reader import ConfigError, read_json
 from pyllama.cache import free_memory
-from pyllama.checkpoint import Checkpoint, parse_dtype
+from pyllama.checkpoint import MODEL_DTYPES, Checkpoint, parse_dtype
 from pyllama.config import ModelConfig, MoEConfig
 from pyllama.files import CheckpointError, expanded
 from pyllama.model import Model
@@ -122,8 +122,7 @@ def _load_weights(
         dtype = _fitting_dtype(dtype, checkpoint.dtype, count, device)
         check_kernels_take(dtype, device)
         check_tied(table, parts, checkpoint)
-        # What no gradient trains decides who is chosen (correction biases), and stays float32.
-        dtypes = {n: dtype if p.requires_grad else max(dtype, torch.float32, key=_size) for n, p in parameters.items()}
+        dtypes = parameter_dtypes(model, dtype)
         mapped = mapped_weights(parts, dtypes, checkpoint) if device.type == "cpu" else {}
         # Memory is reserved here but taken only as tensors arrive in it, so nothing is held twice.
         rest = [name for name in parameters if name not in mapped]
@@ -140,6 +139,13 @@ def _load_weights(
             ) from error
     model.load_state_dict(copied | mapped, assign=True)
     return model
+
+
+def parameter_dtypes(model: Model, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of a model that is loaded in `dtype`. What no gradient trains decides who is chosen (correction biases), and
+    stays float32."""
+    wider = max(dtype, torch.float32, key=_size)
+    return {name: dtype if parameter.requires_grad else wider for name, parameter in model.named_parameters()}
 
 
 def empty_model(config: ModelConfig, tensors: int) -> Model:
@@ -260,24 +266,38 @@ def check_kernels_take(dtype: torch.dtype | None, device: torch.device) -> None:
         )
 
 
+def configured_dtype(values: Mapping[str, Any]) -> torch.dtype:
+    """What config.json says of its weights; bfloat16, where that is none that they may have."""
+    return MODEL_DTYPES.get(str(values.get("torch_dtype", values.get("dtype"))), torch.bfloat16)
+
+
 def _fitting_dtype(dtype: torch.dtype | None, own: torch.dtype, parameters: int, device: torch.device) -> torch.dtype:
     """The data type to load in: the one asked for, or as `load` says. MemoryError when it does not fit."""
     free = free_memory(device)
-    if dtype is None:
-        dtype = own if device.type == "cuda" else max(own, torch.float32, key=_size)
-        if parameters * dtype.itemsize > free >= parameters * own.itemsize:
-            warnings.warn(
-                f"weights in {dtype} need {_gigabytes(parameters * dtype.itemsize)}, {_gigabytes(free)} are "
-                f"free: loading them as {own}, slower on a CPU",
-                stacklevel=4,
-            )
-            dtype = own
+    wanted = dtype or _suitable(own, device)
+    dtype = dtype or default_dtype(own, parameters, device, free)
+    if dtype != wanted:
+        warnings.warn(
+            f"weights in {wanted} need {_gigabytes(parameters * wanted.itemsize)}, {_gigabytes(free)} are "
+            f"free: loading them as {dtype}, slower on a CPU",
+            stacklevel=4,
+        )
     if parameters * dtype.itemsize > free:
         raise MemoryError(
             f"{parameters:,} parameters in {dtype} need {_gigabytes(parameters * dtype.itemsize)}, and "
             f"{_gigabytes(free)} are free on {device}"
         )
     return dtype
+
+
+def default_dtype(own: torch.dtype, parameters: int, device: torch.device, free: float) -> torch.dtype:
+    """What suits the device, unless only the checkpoint's own type fits so many free bytes."""
+    dtype = _suitable(own, device)
+    return own if parameters * dtype.itemsize > free >= parameters * own.itemsize else dtype
+
+
+def _suitable(own: torch.dtype, device: torch.device) -> torch.dtype:
+    return own if device.type == "cuda" else max(own, torch.float32, key=_size)
 
 
 def _size(dtype: torch.dtype) -> int:

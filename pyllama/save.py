@@ -161,7 +161,7 @@ def save_model(
         raise ValueError(
             "the model was not loaded, so it has no config.json: set model.origin to a pyllama.save.Origin"
         )
-    target, chosen, limit = new_target(folder), parse_dtype(dtype), parse_size(max_shard_size, "max_shard_size")
+    target, chosen, limit = new_target(folder), parse_dtype(dtype), parse_size("max_shard_size", max_shard_size)
     names = find_family(dict(origin.values)).weights(config)
     pieces = [_piece(names, config, name, parameter, chosen) for name, parameter in parameters.items()]
     sharded = any(map(is_sharded, parameters.values()))

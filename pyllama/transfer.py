@@ -45,14 +45,30 @@ def mapped_weights(
 
 
 def _as_it_is(parts: Sequence[Part], dtype: torch.dtype, checkpoint: Checkpoint) -> Tensor | None:
-    name = parts[0].tensor
-    whole = len(parts) == 1 and parts[0].expert is None and len(checkpoint.tensors[name].files) == 1
-    if not whole or not _in_order(name, checkpoint) or not _is_as_stored(parts[0], dtype, checkpoint):
+    if not is_mapped(parts, dtype, checkpoint):
         return None
-    tensor = checkpoint.read(name)
-    if tensor.data_ptr() % ALIGNMENT or not tensor.numel():
-        return None
+    tensor = checkpoint.read(parts[0].tensor)
     return torch.frombuffer(tensor.view(torch.uint8).numpy(), dtype=dtype).view(tensor.shape)
+
+
+def is_mapped(parts: Sequence[Part], dtype: torch.dtype, checkpoint: Checkpoint) -> bool:
+    """Whether a parameter is a tensor of a file as it is, and may be a view of it, as far as headers say."""
+    info = checkpoint.tensors[parts[0].tensor]
+    whole = len(parts) == 1 and parts[0].expert is None and len(info.files) == 1 and info.elements
+    if not whole or not _in_order(parts[0].tensor, checkpoint) or not _is_as_stored(parts[0], dtype, checkpoint):
+        return False
+    return checkpoint.source(parts[0].tensor).offsets[parts[0].tensor] % ALIGNMENT == 0  # files begin at a page
+
+
+def staged_bytes(parts: Mapping[str, list[Part]], dtypes: Mapping[str, torch.dtype], checkpoint: Checkpoint) -> int:
+    """What is taken of a GPU beside the parameters while they are loaded: tensors that are converted there."""
+    sizes = [
+        sum(_padded(checkpoint.tensors[name].piece_bytes) for name, _ in _tensors(part, checkpoint))
+        for name, found in parts.items()
+        for part in found
+        if not _is_as_stored(part, dtypes[name], checkpoint)
+    ]
+    return min(sum(sizes), max(STAGED_BYTES, *sizes)) if sizes else 0
 
 
 def _in_order(name: str, checkpoint: Checkpoint) -> bool:

@@ -19,9 +19,9 @@ from pyllama.bench.profile import write_profile
 from pyllama.bench.shapes import SHAPES, Values, find_shape, first_layers
 from pyllama.bench.work import Cell, active_parameters, cache_bytes, prompt_work, step_work
 from pyllama.cache import free_memory
-from pyllama.checkpoint import MODEL_DTYPES, parse_dtype
+from pyllama.checkpoint import parse_dtype
 from pyllama.config import ModelConfig
-from pyllama.loader import check_kernels_take, find_folder, load, read_folder, target_device
+from pyllama.loader import check_kernels_take, configured_dtype, find_folder, load, read_folder, target_device
 from pyllama.ops.registry import OPS, implementation
 
 DOES_NOT_FIT = "does not fit"
@@ -211,5 +211,4 @@ def _cells(
 
 def _own_dtype(values: Values, device: torch.device) -> torch.dtype:
     """As `load` chooses: float32 on a CPU, on a GPU the checkpoint's own."""
-    own = MODEL_DTYPES.get(str(values.get("torch_dtype", values.get("dtype"))), torch.bfloat16)
-    return own if device.type == "cuda" else torch.float32
+    return configured_dtype(values) if device.type == "cuda" else torch.float32

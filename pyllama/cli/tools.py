@@ -1,4 +1,4 @@
-"""`pyllama convert`, `inspect`, `bench` and `doctor`: what works on checkpoints, and what measures."""
+"""`pyllama convert`, `inspect`, `fit`, `bench` and `doctor`: what works on checkpoints, and what measures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pyllama import doctor
 from pyllama.bench import report
 from pyllama.cli.app import Device, DType, IgnoreKey, Source, app, notes, one_line_errors
 from pyllama.convert import convert as convert_checkpoint
-from pyllama.inspection import inspect
+from pyllama.inspection import fit_report, inspect
+from pyllama.inspection.fit import fit
 from pyllama.inspection.page import target_file, write_page
 from pyllama.inspection.report import lines
 
@@ -60,6 +61,38 @@ def inspect_command(
         if html is not None:
             write_page(inspection, html)
         typer.echo(json.dumps(asdict(inspection)) if json_ else "\n".join(lines(inspection)))
+
+
+@app.command(name="fit")
+def fit_command(
+    source: Annotated[str, typer.Argument(help="As for inspect; also a folder with a config.json alone, or a shape.")],
+    memory: Annotated[str | None, typer.Option(help="As in 80GB or 24GiB [default: what is free here]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu [default: cuda with --memory, or if it is here]")
+    ] = None,
+    dtype: DType = None,
+    batch: Annotated[
+        Any, typer.Option(parser=_numbers, metavar="N,N,...", help="Numbers of sequences.")
+    ] = "1,2,4,8,16,32,64",
+    context: Annotated[
+        Any,
+        typer.Option(parser=_numbers, metavar="N,N,...", help="Tokens; without it powers of two up to the model's."),
+    ] = None,
+    reserve: Annotated[
+        str | None, typer.Option(help="Left alone [default: 1GiB of a GPU's --memory, for CUDA itself; else nothing]")
+    ] = None,
+    ignore_config_key: IgnoreKey = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say whether the model SOURCE fits a device, and with what context and batch, from its headers.
+
+    Exits with 1 where it cannot generate anything.
+    """
+    with one_line_errors():
+        found = fit(source, memory, device, dtype, context, batch, reserve, ignore_config_key or ())
+        typer.echo(json.dumps(asdict(found)) if json_ else "\n".join(fit_report.lines(found)))
+        if not found.fits:
+            raise typer.Exit(1)
 
 
 @app.command(name="bench")

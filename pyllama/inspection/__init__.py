@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from huggingface_hub import get_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
 from pyllama.architectures.reader import ConfigError
 from pyllama.bench.work import active_parameters, token_flops
 from pyllama.cache import PAGE_SIZE, bytes_per_page
-from pyllama.checkpoint import DTYPES, Checkpoint, TensorInfo, check_header
+from pyllama.checkpoint import DTYPES, Checkpoint
 from pyllama.config import GQAConfig
-from pyllama.files import CheckpointError, expanded, few, printable
+from pyllama.files import CheckpointError
+from pyllama.inspection.headers import open_headers
 from pyllama.inspection.structure import Run, structure_of
 from pyllama.inspection.tree import Node, tree_of
-from pyllama.loader import download, empty_model, local_folder, read_folder
+from pyllama.loader import empty_model, read_folder
 from pyllama.weights import plan
 
 
@@ -60,62 +58,26 @@ def inspect(source: str | Path, ignore_config_keys: Iterable[str] = ()) -> Inspe
     model that pyllama runs. Tensors that share memory in a file of torch.save count each; of files for each rank every
     piece counts. ignore_config_keys: as in `load`. Raises FileNotFoundError and CheckpointError as `load` does.
     """
-    path = expanded(source)
-    if path.is_file():
-        folder, tensors = path.parent, _headers(path)
-    elif (local := local_folder(source)) is not None:
-        folder, tensors = local, _headers(local)
-    else:
-        folder = download(str(source), ["config.json", "params.json"])
-        try:
-            tensors = _headers(folder)  # where `load` has downloaded it
-        except CheckpointError:
-            tensors = _headers_of_hub(str(source))
+    folder, checkpoint = open_headers(source)
+    tensors = checkpoint.tensors
     dtypes: dict[str, int] = {}
     for info in tensors.values():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.bytes
     model, problem = None, None
     try:
-        model = _facts(folder, tensors, ignore_config_keys)
+        model = _facts(folder, checkpoint, ignore_config_keys)
     except (ConfigError, CheckpointError, FileNotFoundError) as error:
         problem = str(error)
     files = {file for info in tensors.values() for file in info.files}
     return Inspection(str(source), len(files), len(tensors), dtypes, tree_of(tensors), model, problem)
 
 
-def _headers(path: Path) -> Mapping[str, TensorInfo]:
-    with Checkpoint.open(path, headers_only=True) as checkpoint:
-        return checkpoint.tensors
-
-
-def _headers_of_hub(repo: str) -> Mapping[str, TensorInfo]:
-    try:
-        metadata = get_safetensors_metadata(repo)
-        tensors: dict[str, TensorInfo] = {}
-        for file, content in metadata.files_metadata.items():
-            header = {name: vars(info) for name, info in content.tensors.items()}
-            check_header(header, None)
-            if twice := header.keys() & tensors.keys():
-                raise ValueError(f"{few(twice)} in {file} and in another file")
-            tensors |= {n: TensorInfo((file,), tuple(info["shape"]), info["dtype"]) for n, info in header.items()}
-    except NotASafetensorsRepoError as error:
-        raise FileNotFoundError(
-            f"{repo} has no model.safetensors and no index of such files, whose headers could be fetched alone: "
-            "download its weights and give the folder"
-        ) from error
-    except (SafetensorsParsingError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the headers of {repo} are damaged: {printable(str(error))}") from error
-    except Exception as error:  # of the network, whose libraries share no other class
-        raise FileNotFoundError(f"the headers of {repo} cannot be fetched: {' '.join(str(error).split())}") from error
-    return tensors
-
-
-def _facts(folder: Path, tensors: Mapping[str, TensorInfo], ignore_config_keys: Iterable[str]) -> ModelFacts:
+def _facts(folder: Path, checkpoint: Checkpoint, ignore_config_keys: Iterable[str]) -> ModelFacts:
     _, config, table = read_folder(folder, ignore_config_keys)
-    model = empty_model(config, len(tensors))
+    model = empty_model(config, len(checkpoint.tensors))
     parameters = dict(model.named_parameters())
-    plan(table, {name: parameter.shape for name, parameter in parameters.items()}, tensors)
-    dtype = Checkpoint(folder, {}, tensors).dtype
+    plan(table, {name: parameter.shape for name, parameter in parameters.items()}, checkpoint.tensors)
+    dtype = checkpoint.dtype
     per_token, per_token_seen = token_flops(model)
     attentions = [layer.attention for layer in config.layers]
     return ModelFacts(

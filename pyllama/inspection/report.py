@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pyllama.files import printable
@@ -37,8 +37,13 @@ def _lines(inspection: Inspection) -> Iterator[str]:
     total = inspection.root.bytes
     rows = [(line, *cells(node, total)) for line, node in _tree(inspection.root.children)]
     rows += [("all", *cells(inspection.root, total))]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    for first, *others in (COLUMNS, *rows):
+    yield from aligned([COLUMNS, *rows])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
         columns = [first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(others, widths[1:], strict=True))]
         yield "  ".join(columns).rstrip()
 
