@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyllama
-from pyllama import _C, step
+from pyllama import _C, context
 from pyllama.batch import Batch
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
 from pyllama.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
@@ -174,7 +174,7 @@ def test_float32_writes_eager_tokens(
     options: dict[str, Any], case: Case, model: Model, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ragged batch, prefilled in pieces: a pass ends one prompt, continues another, and may begin a third."""
-    monkeypatch.setattr(step, "PREFILL_TOKENS", 50)
+    monkeypatch.setattr(context, "PREFILL_TOKENS", 50)
     model.to(kernels.device)
     prompts = sequences_of(1, 20, PAGE_SIZE, PAGE_SIZE + 1, 33)
     write = partial(pyllama.generate, model, prompts, max_new_tokens=12, **options)

@@ -17,7 +17,7 @@ from recorded import Recorded
 from transformers import Phi3ForCausalLM
 
 import pyllama
-from pyllama import generation, step
+from pyllama import context, generation, step
 from pyllama.cache import PAGE_SIZE
 from pyllama.model import Model
 
@@ -81,7 +81,7 @@ def test_prompts_and_what_is_computed_anew_in_several_passes(
 ) -> None:
     prompts = prompts_of([*LENGTHS, 2 * ORIGINAL])
     expected = [out.token_ids for out in pyllama.generate(model, prompts, NEW, use_cache=False)]
-    monkeypatch.setattr(step, "PREFILL_TOKENS", most)
+    monkeypatch.setattr(context, "PREFILL_TOKENS", most)
     assert [out.token_ids for out in pyllama.generate(model, prompts, NEW)] == expected
 
 
