@@ -1,7 +1,7 @@
 """What the sequences of one call consist of so far, in a cache or without one.
 
 B places of the batch, for the sequences (each prompt times its samples) and, where there are graphs, a few that nobody
-uses; T tokens of a pass, V vocabulary, S page size.
+uses; T tokens of a pass, V vocabulary, S page size, M layers with experts, E experts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyllama.balance import new_loads
 from pyllama.batch import Batch
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
 from pyllama.config import GQAConfig
@@ -25,6 +26,8 @@ PREFILL_TOKENS = 2048  # of one pass: bounds the memory of activations, whatever
 
 class Context(Protocol):
     """What the sequences consist of so far."""
+
+    loads: Tensor | None  # int64 [M, B, E], how many of their tokens went to each expert; None: nobody counts
 
     def prefill(self) -> Tensor:
         """Logits [B, V] after each prompt, for every place of the batch."""
@@ -39,7 +42,7 @@ class Context(Protocol):
         ...
 
     def compute_again(self, places: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
-        """Computes these sequences once more, for their next token's sake."""
+        """Computes these sequences once more, for their next token's sake; loads are then those of this time."""
         ...
 
     def keep(self, rows: Tensor, used: int) -> None:
@@ -55,9 +58,16 @@ class CachedContext:
     """
 
     def __init__(
-        self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], n: int, places: int
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        n: int,
+        places: int,
+        loads: bool,
     ) -> None:
         self._model = model
+        self.loads = new_loads(model.config, len(prompts), model.device) if loads else None  # of prompts, at first
         self._weights = [parameter.detach() for parameter in model.parameters()]  # as a graph reads them
         self._prompts = prompts
         self._n = n
@@ -95,18 +105,21 @@ class CachedContext:
 
     def prefill(self) -> Tensor:
         first = self._batch.block_table[: len(self._prompts) * self._n : self._n]
-        logits = self._compute(self._prompts, first, [len(prompt) for prompt in self._prompts])
+        logits = self._compute(self._prompts, first, [len(prompt) for prompt in self._prompts], self.loads)
         self._copy_last_pages()
         prompt_B = torch.arange(len(self._batch.seq_lens), device=logits.device).div_(self._n, rounding_mode="floor")
-        return logits.index_select(0, prompt_B.clamp_(max=len(logits) - 1))
+        prompt_B.clamp_(max=len(logits) - 1)
+        if self.loads is not None:
+            self.loads = self.loads.index_select(1, prompt_B)
+        return logits.index_select(0, prompt_B)
 
     def extend(self, tokens_B: Tensor) -> Tensor:
-        logits_BV = self._model.run(tokens_B, self._advanced(), self._cache)
+        logits_BV = self._model.run(tokens_B, self._advanced(), self._cache, self.loads)
         self._hold_tables()
         return logits_BV
 
     def extend_greedily(self, tokens_B: Tensor) -> None:
-        self._model.run_greedily(tokens_B, self._advanced(), self._cache)
+        self._model.run_greedily(tokens_B, self._advanced(), self._cache, self.loads)
         self._hold_tables()
 
     def _advanced(self) -> Batch:
@@ -119,7 +132,10 @@ class CachedContext:
         self._rope_tables = self._model._tables.copy()  # a graph reads them, when the model may have longer ones
 
     def compute_again(self, places: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
-        self._compute(texts, self._batch.block_table[list(places)], [len(text) + 1 for text in texts])
+        loads = None if self.loads is None else torch.zeros_like(self.loads[:, list(places)])
+        self._compute(texts, self._batch.block_table[list(places)], [len(text) + 1 for text in texts], loads)
+        if self.loads is not None and loads is not None:
+            self.loads[:, list(places)] = loads
 
     def keep(self, rows: Tensor, used: int) -> None:
         batch, places = self._batch, len(rows)
@@ -134,8 +150,12 @@ class CachedContext:
             block_table=keep_rows(batch.block_table, rows),
             slots=batch.slots[:places],
         )
+        if self.loads is not None:
+            self.loads = keep_rows(self.loads, rows, dim=1)
 
-    def _compute(self, texts: Sequence[Sequence[int]], block_table: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _compute(
+        self, texts: Sequence[Sequence[int]], block_table: Tensor, lengths: Sequence[int], loads: Tensor | None
+    ) -> Tensor:
         """Logits [B, V] after each text, whose keys and values go into the cache; it is to be `lengths` long."""
         logits = []
         for segments in _passes([len(text) for text in texts], PREFILL_TOKENS):
@@ -144,7 +164,8 @@ class CachedContext:
             counts = [end - start for start, end in zip(starts, ends, strict=True)]
             whole = [lengths[b] for b in rows]
             batch = Batch.from_lengths(counts, ends, block_table[list(rows)], PAGE_SIZE, whole)
-            last = self._model.run(torch.tensor(tokens_T, device=self._model.device), batch, self._cache)
+            theirs = None if loads is None else loads[:, rows[0] : rows[-1] + 1]  # of neighbours, see `_passes`
+            last = self._model.run(torch.tensor(tokens_T, device=self._model.device), batch, self._cache, theirs)
             complete = [i for i, (b, _, end) in enumerate(segments) if end == len(texts[b])]
             logits.append(last[complete])
         return torch.cat(logits)
@@ -166,13 +187,22 @@ class WholeContext:
     """Sequences without a cache, each computed from its beginning at every step."""
 
     def __init__(
-        self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], n: int, places: int
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        n: int,
+        places: int,
+        loads: bool,
     ) -> None:
         self._model = model
         self._tokens = [torch.tensor(prompt, device=model.device) for prompt in prompts for _ in range(n)]
+        self.loads = new_loads(model.config, len(self._tokens), model.device) if loads else None
 
     def prefill(self) -> Tensor:
-        return torch.stack([self._model(tokens_T[None])[0, -1] for tokens_T in self._tokens])
+        theirs = [None] * len(self._tokens) if self.loads is None else self.loads.zero_().split(1, dim=1)
+        pairs = zip(self._tokens, theirs, strict=True)
+        return torch.stack([self._model(tokens_T[None], loads=loads)[0, -1] for tokens_T, loads in pairs])
 
     def extend(self, tokens_B: Tensor) -> Tensor:
         self._tokens = [torch.cat(pair) for pair in zip(self._tokens, tokens_B[:, None], strict=True)]
@@ -186,6 +216,8 @@ class WholeContext:
 
     def keep(self, rows: Tensor, used: int) -> None:
         self._tokens = [self._tokens[row] for row in rows.tolist()]
+        if self.loads is not None:
+            self.loads = keep_rows(self.loads, rows, dim=1)
 
 
 def _passes(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:

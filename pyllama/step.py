@@ -5,7 +5,7 @@ device in a fixed set of tensors, updated in place. So a step needs nothing of t
 step gave while the next one runs.
 
 B places of the batch, for the sequences (each prompt times its samples) and, where there are graphs, a few that nobody
-uses; V vocabulary.
+uses; V vocabulary, M layers with experts, E experts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Decoding:
     sequence from its beginning at each step. ahead: how many steps are begun before the oldest one's tokens are read;
     None: 1 on a GPU, which is then never idle, and 0 on the CPU. graphs: whether steps are replayed as CUDA graphs;
     None: where every op has a kernel (eager bodies read values on the host). Neither changes what is computed.
-    Raises MemoryError when the cache does not fit, and ValueError for graphs on a CPU or without a cache.
+    loads: whether the experts' loads are counted. Raises MemoryError when the cache does not fit, and ValueError for
+    graphs on a CPU or without a cache, and for loads of a model without experts.
     """
 
     @torch.inference_mode()
@@ -45,6 +46,7 @@ class Decoding:
         use_cache: bool = True,
         ahead: int | None = None,
         graphs: bool | None = None,
+        loads: bool = False,
     ) -> None:
         self._device = model.device
         self._on_gpu = self._device.type == "cuda"
@@ -69,7 +71,7 @@ class Decoding:
         self._batch = list(range(len(self._texts)))  # which sequence is in each place; the places after them are unused
         rows = self._filled(self._batch)
         context = CachedContext if use_cache else WholeContext
-        self._context: Context = context(model, prompts, max_new_tokens, params.n, len(rows))
+        self._context: Context = context(model, prompts, max_new_tokens, params.n, len(rows), loads)
         seeds = [seed for _ in prompts for seed in params.seeds()]
         texts, seeds = [self._texts[row] for row in rows], [seeds[row] for row in rows]
         self._sampler = Sampler(params, texts, seeds, model.config.vocab_size, self._device)
@@ -77,18 +79,18 @@ class Decoding:
         self._tokens_B = torch.empty(len(rows), dtype=torch.int64, device=self._device)
 
     @torch.inference_mode()
-    def step(self) -> dict[int, tuple[int, TokenLogprobs | None]]:
-        """The next token of every sequence that has not ended, with its log-probabilities where asked for.
+    def step(self) -> dict[int, NewToken]:
+        """The next token of every sequence that has not ended.
 
         A sequence has ended when it was stopped or has its `max_new_tokens`; there must be one that has not. The first
         step computes the prompts.
         """
         while len(self._in_flight) <= self._ahead and (going_on := self._going_on()):
             self._begin(going_on)
-        new = {sequence: entry for sequence, entry in self._in_flight.popleft().read() if sequence not in self._stopped}
+        new = {sequence: token for sequence, token in self._in_flight.popleft().read() if sequence not in self._stopped}
         if self._switch is not None:
-            for sequence, (token, _) in new.items():
-                self._texts[sequence].append(token)
+            for sequence, token in new.items():
+                self._texts[sequence].append(token.id)
         return new
 
     def stop(self, sequences: Collection[int]) -> None:
@@ -113,10 +115,10 @@ class Decoding:
         else:
             self._rotate_anew()
             results = self._next()
-        # Copies, as the next step writes where these are; from a GPU to pinned memory, and nobody waits for them here.
-        results = tuple(result.to("cpu", non_blocking=True, copy=True) for result in results)
+        results = tuple(map(_copied, results))
+        loads = None if self._context.loads is None else _copied(self._context.loads)
         ready = torch.cuda.current_stream(self._device).record_event() if self._on_gpu else None
-        self._in_flight.append(_InFlight(self._batch, results, ready))
+        self._in_flight.append(_InFlight(self._batch, results, loads, ready))
         self._steps += 1
 
     def _next(self) -> tuple[Tensor, ...]:
@@ -164,18 +166,37 @@ class Decoding:
             )
 
 
+class NewToken(NamedTuple):
+    """What a step gives a sequence."""
+
+    id: int
+    logprobs: TokenLogprobs | None
+    loads: Tensor | None  # int64 [M, E], how many of the tokens before this one went to each expert
+
+
 class _InFlight(NamedTuple):
-    """A step that was begun: whose it is, and what it gives, which is on the host when it is `ready`."""
+    """A step that was begun: whose it is, and what it gives, which is on the host when it is `ready`.
+
+    What belongs to unused places comes last.
+    """
 
     sequences: list[int]
-    results: tuple[Tensor, ...]  # tokens, int64 [B], and what `logprobs_of` gives; those of unused places come last
+    results: tuple[Tensor, ...]  # tokens, int64 [B], and what `logprobs_of` gives
+    loads: Tensor | None  # of the experts, [M, B, E], as they were when it ended
     ready: torch.cuda.Event | None  # None: at once
 
-    def read(self) -> Iterator[tuple[int, tuple[int, TokenLogprobs | None]]]:
-        """Each sequence with its token and log-probabilities; waits for this step alone."""
+    def read(self) -> Iterator[tuple[int, NewToken]]:
+        """Each sequence with its token; waits for this step alone."""
         if self.ready is not None:
             self.ready.synchronize()
         tokens_B, *logprobs = self.results
-        tokens: list[int] = tokens_B.tolist()
-        entries = token_logprobs(tokens_B, *logprobs) if logprobs else [None] * len(tokens)
-        return zip(self.sequences, zip(tokens, entries, strict=True), strict=False)
+        nothing = [None] * len(tokens_B)
+        entries = token_logprobs(tokens_B, *logprobs) if logprobs else nothing
+        loads = nothing if self.loads is None else self.loads.unbind(1)
+        return zip(self.sequences, map(NewToken, tokens_B.tolist(), entries, loads), strict=False)
+
+
+def _copied(result: Tensor) -> Tensor:
+    """On the host, as the next step writes where the result is; from a GPU in pinned memory, and nobody waits for it
+    here."""
+    return result.to("cpu", non_blocking=True, copy=True)

@@ -118,7 +118,7 @@ def test_the_factors_matter(model: Model, reference: Phi3ForCausalLM) -> None:
     kept = [step.Decoding(model, [prompt], [NEW], pyllama.SamplingParams(max_new_tokens=NEW)) for prompt in prompts]
     for decoding in kept:
         decoding._switch = None
-    found = [[decoding.step()[0][0] for _ in range(NEW)] for decoding in kept]
+    found = [[decoding.step()[0].id for _ in range(NEW)] for decoding in kept]
     expected = [greedy(reference, prompt) for prompt in prompts]
     assert [tokens == wanted for tokens, wanted in zip(found, expected, strict=True)].count(True) <= 3
 
