@@ -87,11 +87,14 @@ def check_loads(loads: Tensor, config: ModelConfig, sequences: int) -> None:
         )
 
 
-def count_(loads_BE: Tensor, experts_TN: Tensor, sequence_T: Tensor | int) -> None:
-    """Adds one layer's choices to its loads, in place. sequence_T: int64, each token's sequence, or 0."""
-    E = loads_BE.shape[1]
-    place_TN = experts_TN.long() + (sequence_T if isinstance(sequence_T, int) else sequence_T.unsqueeze(1) * E)
-    loads_BE.view(-1).scatter_add_(0, place_TN.flatten(), torch.ones_like(place_TN.flatten()))
+def count_(loads_MBE: Tensor, experts_MTN: Tensor, sequence_T: Tensor) -> None:
+    """Adds all layers' choices to their loads, in place and at once, as it may be part of a step of decoding.
+
+    sequence_T: int64, each token's; with B = 1 it does not matter.
+    """
+    M, B, E = loads_MBE.shape
+    place_MC = (sequence_T.clamp(max=B - 1).unsqueeze(1) * E + experts_MTN).flatten(1)  # C = T * N choices, int64
+    loads_MBE.view(M, B * E).scatter_add_(1, place_MC, torch.ones_like(place_MC))
 
 
 @torch.no_grad()
@@ -152,7 +155,7 @@ def _imbalance(scores_TE: Tensor, experts_TN: Tensor, parts: int, group: dist.Pr
     T, E = scores_TE.shape
     loads_PE = torch.zeros(parts, E, dtype=torch.int64, device=scores_TE.device)
     part_T = torch.arange(T, device=scores_TE.device).div(max(T // parts, 1), rounding_mode="floor")
-    count_(loads_PE, experts_TN, part_T)
+    count_(loads_PE.unsqueeze(0), experts_TN.unsqueeze(0), part_T)
     if group is not None:
         dist.all_reduce(loads_PE, group=group)
     share_PE = loads_PE.to(scores_TE) / loads_PE.sum(1, keepdim=True)

@@ -10,10 +10,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
+from pyllama.balance import new_loads
 from pyllama.loader import load
 from pyllama.model import Model
 from pyllama.sampling import SamplingParams, TokenLogprobs, is_list
-from pyllama.step import Decoding
+from pyllama.step import Decoding, NewToken
 from pyllama.text import Chunk, Completion, FinishReason, TextStream
 from pyllama.tokenizer import Tokenizer
 
@@ -38,6 +41,7 @@ def generate(
     logprobs: int | None = None,
     n: int = 1,
     use_cache: bool = True,
+    routing: bool = False,
 ) -> Any:
     """Continues prompts, and gives the new text only.
 
@@ -59,10 +63,12 @@ def generate(
     stop_token_ids: tokens that end the text as EOS does. ignore_eos: do not end at EOS.
     logprobs: k gives each new token's log-probability and the k likeliest tokens.
     use_cache: False computes the whole sequence again for every token: the same tokens, more slowly.
+    routing: counts how many tokens the routers sent to each expert, `Completion.expert_load`.
 
     Raises TypeError for an unknown option or a value of a wrong type; ValueError for a value out of range, an
-    empty prompt, one that fills the context, a token id outside the vocabulary, and text or messages when the
-    checkpoint has no tokenizer or chat template; MemoryError when the cache does not fit.
+    empty prompt, one that fills the context, a token id outside the vocabulary, text or messages when the
+    checkpoint has no tokenizer or chat template, and routing of a model without experts; MemoryError when the
+    cache does not fit.
     """
     chunks, single = _start(**locals())  # locals: the arguments, as they came
     last = sorted((chunk for chunk in chunks if chunk.completion), key=lambda chunk: (chunk.index, chunk.sample))
@@ -89,6 +95,7 @@ def stream(
     logprobs: int | None = None,
     n: int = 1,
     use_cache: bool = True,
+    routing: bool = False,
 ) -> Iterator[Chunk]:
     """`generate`, piece by piece: the same arguments and errors, and text as soon as it is certain.
 
@@ -99,22 +106,27 @@ def stream(
     return _start(**locals())[0]
 
 
-def _start(model: Model | str | Path, prompt: Any, use_cache: bool, **options: Any) -> tuple[Iterator[Chunk], bool]:
+def _start(
+    model: Model | str | Path, prompt: Any, use_cache: bool, routing: bool, **options: Any
+) -> tuple[Iterator[Chunk], bool]:
     """Checks the arguments of `generate`; the chunks to come, and whether `prompt` is a single one."""
     params = SamplingParams(**options)
-    if not isinstance(use_cache, bool):
-        raise TypeError(f"use_cache must be True or False, got {use_cache!r}")
+    for name, value in (("use_cache", use_cache), ("routing", routing)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     if isinstance(model, str | Path):
         model = load(model)
     if not isinstance(model, Model):
         raise TypeError(f"model must be a Model, a folder, a Hub id or 'demo', got {type(model).__name__}")
+    if routing:
+        new_loads(model.config, device="meta")  # or say why not now
     single = _is_single(prompt)
     named = [("prompt", prompt)] if single else [(f"prompt {i}", one) for i, one in enumerate(prompt)]
     prompts = [_token_ids(model, one, name) for name, one in named]
     vocab_size = model.config.vocab_size
     if params.logprobs is not None and params.logprobs > vocab_size:
         raise ValueError(f"logprobs must be at most the {vocab_size} tokens there are, got {params.logprobs}")
-    return _chunks(model, prompts, params, _stop_ids(model, params), use_cache), single
+    return _chunks(model, prompts, params, _stop_ids(model, params), use_cache, routing), single
 
 
 def _is_single(prompt: object, name: str = "prompt") -> bool:
@@ -198,15 +210,15 @@ class _Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_seconds: float = 0.0
 
-    def accept(self, token: int, logprobs: TokenLogprobs | None, stop: bool, seconds: float) -> Chunk:
+    def accept(self, token: NewToken, stop: bool, seconds: float) -> Chunk:
         """Takes the next token, which came `seconds` after the start; stop: it ends the text."""
-        self.token_ids.append(token)
+        self.token_ids.append(token.id)
         if len(self.token_ids) == 1:
             self.prompt_seconds = seconds
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
+        if token.logprobs is not None:
+            self.logprobs.append(token.logprobs)
         full = len(self.token_ids) == self.room
-        text = "" if stop else self.text_stream.push(token)
+        text = "" if stop else self.text_stream.push(token.id)
         if stop or full:
             text += self.text_stream.finish()
         stopped = stop or self.text_stream.stopped
@@ -214,15 +226,15 @@ class _Sequence:
         self.text.append(text)
         return Chunk(
             text=text,
-            token_ids=[token],
+            token_ids=[token.id],
             finish_reason=reason,
             index=self.index,
             sample=self.sample,
-            logprobs=None if logprobs is None else [logprobs],
-            completion=None if reason is None else self._completion(reason, seconds),
+            logprobs=None if token.logprobs is None else [token.logprobs],
+            completion=None if reason is None else self._completion(reason, token.loads, seconds),
         )
 
-    def _completion(self, reason: FinishReason, seconds: float) -> Completion:
+    def _completion(self, reason: FinishReason, loads: Tensor | None, seconds: float) -> Completion:
         return Completion(
             text="".join(self.text),
             token_ids=self.token_ids,
@@ -231,6 +243,7 @@ class _Sequence:
             prompt_seconds=self.prompt_seconds,
             generation_seconds=seconds - self.prompt_seconds,
             logprobs=self.logprobs or None,
+            expert_load=None if loads is None else tuple(map(tuple, loads.tolist())),
         )
 
 
@@ -240,6 +253,7 @@ def _chunks(
     params: SamplingParams,
     stop_ids: set[int],
     use_cache: bool,
+    routing: bool,
 ) -> Iterator[Chunk]:
     """Decodes until every sequence has ended. Nothing outlives the generator."""
     start = perf_counter()
@@ -249,14 +263,13 @@ def _chunks(
         for index, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
         for sample in range(params.n)
     ]
-    decoding = Decoding(model, prompts, rooms, params, use_cache)
+    decoding = Decoding(model, prompts, rooms, params, use_cache, loads=routing)
     going_on = len(sequences)
     while going_on:
         new = decoding.step()
         seconds = perf_counter() - start
         chunks = {
-            number: sequences[number].accept(token, logprobs, token in stop_ids, seconds)
-            for number, (token, logprobs) in new.items()
+            number: sequences[number].accept(token, token.id in stop_ids, seconds) for number, token in new.items()
         }
         ended = [number for number, chunk in chunks.items() if chunk.finish_reason is not None]
         decoding.stop(ended)

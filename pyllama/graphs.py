@@ -29,9 +29,12 @@ def places_for(sequences: int) -> int:
     return next((places for places in PLACES if places >= sequences), sequences)
 
 
-def keep_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]` in place of the first rows of x, [rows, ...], which is returned; rows: int64, on x's device."""
-    return x[: len(rows)].copy_(x.index_select(0, rows))
+def keep_rows(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
+    """`x[rows]` in place of the first rows of x, [rows, ...], which is returned; rows: int64, on x's device.
+
+    dim: which of x's dimensions the rows are.
+    """
+    return x.narrow(dim, 0, len(rows)).copy_(x.index_select(dim, rows))
 
 
 class Runner(Protocol):

@@ -140,11 +140,9 @@ class Model(nn.Module):
         with_logits: bool = False,
         activation_checkpointing: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
-        """The residual stream [T, D] after all layers, and their routings if their logits are asked for."""
+        """The residual stream [T, D] after all layers, and their routings if logits or loads are asked for."""
         x_TD = embedding(self.embedding.weight, token_ids)
         routings: list[Routing] = []
-        mixtures = 0  # layers with experts so far
-        sequence_T = 0 if loads is None or loads.shape[1] == 1 else batch.sequences
         rotations = [self._rotation(rope, batch) for rope in self._ropes]
         for i, layer in enumerate(self.layers):
             kv_cache = None if cache is None else cache.layers[i]
@@ -152,13 +150,10 @@ class Model(nn.Module):
             x_TD, routing = (
                 checkpoint(layer, *arguments, use_reentrant=False) if activation_checkpointing else layer(*arguments)
             )
-            if routing is None:
-                continue
-            if loads is not None:
-                count_(loads[mixtures], routing.experts, sequence_T)
-            if with_logits:
+            if routing is not None and (with_logits or loads is not None):
                 routings.append(routing)
-            mixtures += 1
+        if loads is not None:
+            count_(loads, torch.stack([routing.experts for routing in routings]), batch.sequences)
         return x_TD, routings
 
     @property

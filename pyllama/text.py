@@ -32,6 +32,9 @@ class Completion:
     prompt_seconds: float  # until the first new token
     generation_seconds: float  # from the first new token to the last
     logprobs: list[TokenLogprobs] | None = None  # of each of token_ids, when asked for
+    # For each layer with experts, how many tokens each of them got, when asked for: all of the prompt's, and the new
+    # ones but the last, which no layer has seen.
+    expert_load: tuple[tuple[int, ...], ...] | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from pyllama.step import Decoding
 
 # Work that a graph cannot hold: it reads the device on the host, or brings something from there.
 ON_HOST = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::lift_fresh", "aten::_to_copy"}
@@ -84,3 +87,24 @@ class Recorded:
             recorder, result = self._stages[stage]
             recorder.replay()
         return result
+
+
+ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+class Way(NamedTuple):
+    """How steps are run; without one of these, each is read before the next begins, and nothing is replayed."""
+
+    device: str
+    ahead: int
+    graphs: bool
+
+    def decoding(self, *args: Any, **options: Any) -> Decoding:
+        return Decoding(*args, **options, ahead=self.ahead, graphs=self.graphs)
+
+
+WAYS = [
+    pytest.param(Way(device, ahead, replayed), marks=marks, id=f"{device}-{ahead}{'-graphs' if replayed else ''}")
+    for device, marks in (("cpu", []), ("cuda", ON_GPU))
+    for ahead, replayed in ((0, True), (1, False), (1, True), (2, True))
+]

@@ -248,6 +248,9 @@ def no_template(path: Path) -> None:
         (["generate", "{}", "x", "--chat"], no_template, "no chat template"),
         (["generate", "{}", "x", "--stop-token-id", "400"], None, "stop_token_ids has 400"),
         (["generate", "{}", "x", "--dtype", "int8"], None, "dtype must be one of"),
+        (["generate", "{}", "x", "--show-routing"], None, "the model has no experts"),
+        (["generate", "{}", "x", "--json", "--routing-picture", "{}/a.svg"], None, "the model has no experts"),
+        (["generate", "/no/such/folder", "x", "--routing-picture", "{}/b/a.svg"], None, "b/a.svg"),
         (["chat", "{}"], no_template, "no chat template"),
         (["chat", "{}"], no_tokenizer, "no tokenizer.json, which a chat needs"),
     ],
@@ -271,6 +274,7 @@ def test_errors_are_one_line(tmp_path: Path, command: list[str], harm: Any, mess
         ("--temperature hot", "--temperature"),
         ("--top-p 2", "top_p must be above 0 and at most 1"),
         ("--logprobs 2", "--logprobs needs --json"),
+        ("--routing-picture a.png", "the file must end in .svg"),
         ("--best-of 2", "--best-of"),
     ],
 )

@@ -15,7 +15,7 @@ from tiny import VOCAB_SIZE, byte_level_tokenizer, sentencepiece_tokenizer, writ
 from transformers import LlamaForCausalLM
 
 import pyllama
-from pyllama import step
+from pyllama import context
 from pyllama.cache import PAGE_SIZE, PagedCache
 from pyllama.generation import generate, stream
 from pyllama.model import Model
@@ -63,13 +63,13 @@ def test_repetition_penalty_is_transformers(model: Model, reference: LlamaForCau
 def test_prompts_longer_than_a_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of(5, 100, 1, 260, 3, 40)
     expected = [generate(model, prompt, 8).token_ids for prompt in prompts]
-    monkeypatch.setattr(step, "PREFILL_TOKENS", 37)
+    monkeypatch.setattr(context, "PREFILL_TOKENS", 37)
     assert [out.token_ids for out in generate(model, prompts, 8)] == expected
 
 
 @pytest.mark.parametrize("lengths", [[], [1], [7], [8], [3, 4, 1], [20, 1, 7], [8, 8], [5] * 9])
 def test_passes_cover_every_token_once(lengths: list[int]) -> None:
-    passes = list(step._passes(lengths, 8))
+    passes = list(context._passes(lengths, 8))
     assert all(sum(end - start for _, start, end in segments) == 8 for segments in passes[:-1])
     assert all(1 <= end - start <= 8 for segments in passes for _, start, end in segments)
     covered = [(b, i) for segments in passes for b, start, end in segments for i in range(start, end)]

@@ -33,6 +33,7 @@ ORDER = [
     {"graphs"},
     {"sampling"},
     {"text"},
+    {"context"},
     {"step"},
     {"generation"},
     {"doctor"},

@@ -10,11 +10,11 @@ import gc
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from recorded import Recorded
+from recorded import WAYS, Recorded, Way
 from tiny import VOCAB_SIZE
 
 import pyllama
@@ -23,29 +23,9 @@ from pyllama.cache import PAGE_SIZE, PagedCache
 from pyllama.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from pyllama.graphs import Graphs, places_for
 from pyllama.model import Model
-from pyllama.sampling import SamplingParams, TokenLogprobs
-from pyllama.step import Decoding
+from pyllama.sampling import SamplingParams
+from pyllama.step import Decoding, NewToken
 from pyllama.text import Chunk
-
-ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-
-
-class Way(NamedTuple):
-    """How steps are run; without one of these, each is read before the next begins, and nothing is replayed."""
-
-    device: str
-    ahead: int
-    graphs: bool
-
-    def decoding(self, *args: Any, **options: Any) -> Decoding:
-        return Decoding(*args, **options, ahead=self.ahead, graphs=self.graphs)
-
-
-WAYS = [
-    pytest.param(Way(device, ahead, replayed), marks=marks, id=f"{device}-{ahead}{'-graphs' if replayed else ''}")
-    for device, marks in (("cpu", []), ("cuda", ON_GPU))
-    for ahead, replayed in ((0, True), (1, False), (1, True), (2, True))
-]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,12 +69,9 @@ def prompts_of(vocab_size: int, *lengths: int) -> list[list[int]]:
     return [[pick.randrange(5, vocab_size) for _ in range(length)] for length in lengths]
 
 
-Entry = tuple[int, TokenLogprobs | None]
-
-
-def written(decoding: Decoding, rooms: list[int], stops: Mapping[int, int] | None = None) -> list[list[Entry]]:
+def written(decoding: Decoding, rooms: list[int], stops: Mapping[int, int] | None = None) -> list[list[NewToken]]:
     """What each sequence gets; `stops` stops some, after so many tokens."""
-    entries: list[list[Entry]] = [[] for _ in rooms]
+    entries: list[list[NewToken]] = [[] for _ in rooms]
     going_on = set(range(len(rooms)))
     while going_on:
         new = decoding.step()
@@ -107,8 +84,8 @@ def written(decoding: Decoding, rooms: list[int], stops: Mapping[int, int] | Non
     return entries
 
 
-def tokens_of(entries: list[list[Entry]]) -> list[list[int]]:
-    return [[token for token, _ in row] for row in entries]
+def tokens_of(entries: list[list[NewToken]]) -> list[list[int]]:
+    return [[token.id for token in row] for row in entries]
 
 
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -274,10 +251,10 @@ def test_another_call_may_take_longer_tables(any_model: Model, way: Way) -> None
     (prompt,) = prompts_of(V, 20)
     expected = pyllama.generate(model, prompt, 30).token_ids
     decoding = way.decoding(copy.deepcopy(any_model).to(way.device), [prompt], [30], SamplingParams())
-    found = [decoding.step()[0][0] for _ in range(6)]
+    found = [decoding.step()[0].id for _ in range(6)]
     pyllama.generate(decoding._context._model, prompts_of(V, 300)[0], 2)
     waste = [torch.full((256 * 64,), float("nan"), device=way.device) for _ in range(64)]
-    found += [decoding.step()[0][0] for _ in range(24)]
+    found += [decoding.step()[0].id for _ in range(24)]
     assert found == expected
     del waste
 

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from pyllama.cli.app import Device, DType, IgnoreKey, Source, app, notes, one_line_errors, print_error, write
+from pyllama.cli.routing import ExpertLoad, picture, table
 from pyllama.generation import generate as generate_text
 from pyllama.generation import stream
 from pyllama.loader import load
@@ -55,6 +57,12 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(help="With --json: of each token and the k likeliest.")] = None,
     n: Annotated[int, typer.Option("-n", help="Number of completions.")] = 1,
     cache: Annotated[bool, typer.Option(help="Keep keys and values, or compute all again.")] = True,
+    show_routing: Annotated[
+        bool, typer.Option("--show-routing", help="How many tokens each expert of each layer got.")
+    ] = False,
+    routing_picture: Annotated[
+        Path | None, typer.Option(help="Draw the same as a heat map into this SVG file.", metavar="FILE.svg")
+    ] = None,
     device: Device = None,
     dtype: DType = None,
     ignore_config_key: IgnoreKey = None,
@@ -79,15 +87,23 @@ def generate(
     )
     if logprobs is not None and not json_:
         raise typer.BadParameter("--logprobs needs --json: the text alone cannot show them")
+    if routing_picture is not None and routing_picture.suffix != ".svg":
+        raise typer.BadParameter("--routing-picture writes SVG: the file must end in .svg")
+    routing = show_routing or routing_picture is not None
     with one_line_errors():
+        if routing_picture is not None:
+            routing_picture.touch()  # what cannot be written is an error now, not after the text
         model = load(source, device, dtype, ignore_config_key or ())
         text = sys.stdin.read() if prompt == "-" else prompt
         given: Any = [{"role": "user", "content": text}] if chat else text
         if n == 1 and not json_:
-            completions = [_show(stream(model, given, **options, use_cache=cache))]
+            completions = [_show(stream(model, given, **options, use_cache=cache, routing=routing))]
         else:
-            made = generate_text(model, given, **options, use_cache=cache)
+            made = generate_text(model, given, **options, use_cache=cache, routing=routing)
             completions = made if n > 1 else [made]
+        if routing_picture is not None:
+            drawn = picture(ExpertLoad.of(model.config, completions), source)
+            routing_picture.write_text(drawn, encoding="utf-8")
         if json_:
             typer.echo(json.dumps(_as_json(model, completions)))
             return
@@ -95,6 +111,8 @@ def generate(
             for i, completion in enumerate(completions, start=1):
                 write(f"--- {i} of {n} ---\n{completion}\n")
         notes.print(*_speed(completions), f"peak memory: {_peak_memory(model) / 1e9:.2f} GB", sep="\n", style="dim")
+        if show_routing:
+            notes.print(*table(ExpertLoad.of(model.config, completions), notes.width), sep="\n", soft_wrap=True)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyllama
-from pyllama import _C, step
+from pyllama import _C, context
 from pyllama.batch import Batch
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
 from pyllama.config import GQAConfig, LayerConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, RopeConfig
@@ -174,16 +174,16 @@ def test_float32_writes_eager_tokens(
     options: dict[str, Any], case: Case, model: Model, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ragged batch, prefilled in pieces: a pass ends one prompt, continues another, and may begin a third."""
-    monkeypatch.setattr(step, "PREFILL_TOKENS", 50)
+    monkeypatch.setattr(context, "PREFILL_TOKENS", 50)
     model.to(kernels.device)
     prompts = sequences_of(1, 20, PAGE_SIZE, PAGE_SIZE + 1, 33)
-    write = partial(pyllama.generate, model, prompts, max_new_tokens=12, **options)
+    write = partial(pyllama.generate, model, prompts, max_new_tokens=12, routing=case.routed, **options)
     with pyllama.eager():
-        expected = [out.token_ids for out in write()]
+        expected = [(out.token_ids, out.expert_load) for out in write()]
     with serving(kernels, case.serving | {"advance_", "sample" if options else "norm_argmax_"}):
-        found = [out.token_ids for out in write()]
+        found = [(out.token_ids, out.expert_load) for out in write()]
     assert found == expected
-    assert len({tuple(tokens) for tokens in found}) == len(prompts)  # they do not all write the same
+    assert len({tuple(tokens) for tokens, _ in found}) == len(prompts)  # they do not all write the same
 
 
 # New tokens of three sequences, pass by pass: prompts in chunks, prompts beside decoding, decoding alone.

@@ -17,7 +17,7 @@ from recorded import Recorded
 from transformers import Phi3ForCausalLM
 
 import pyllama
-from pyllama import generation, step
+from pyllama import context, generation, step
 from pyllama.cache import PAGE_SIZE
 from pyllama.model import Model
 
@@ -81,7 +81,7 @@ def test_prompts_and_what_is_computed_anew_in_several_passes(
 ) -> None:
     prompts = prompts_of([*LENGTHS, 2 * ORIGINAL])
     expected = [out.token_ids for out in pyllama.generate(model, prompts, NEW, use_cache=False)]
-    monkeypatch.setattr(step, "PREFILL_TOKENS", most)
+    monkeypatch.setattr(context, "PREFILL_TOKENS", most)
     assert [out.token_ids for out in pyllama.generate(model, prompts, NEW)] == expected
 
 
@@ -118,7 +118,7 @@ def test_the_factors_matter(model: Model, reference: Phi3ForCausalLM) -> None:
     kept = [step.Decoding(model, [prompt], [NEW], pyllama.SamplingParams(max_new_tokens=NEW)) for prompt in prompts]
     for decoding in kept:
         decoding._switch = None
-    found = [[decoding.step()[0][0] for _ in range(NEW)] for decoding in kept]
+    found = [[decoding.step()[0].id for _ in range(NEW)] for decoding in kept]
     expected = [greedy(reference, prompt) for prompt in prompts]
     assert [tokens == wanted for tokens, wanted in zip(found, expected, strict=True)].count(True) <= 3
 
