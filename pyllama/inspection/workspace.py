@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from pyllama.batch import Batch, Cached
 from pyllama.cache import PAGE_SIZE, PagedCache, page_shape, pages_for
+from pyllama.context import PREFILL_TOKENS, CachedContext
 from pyllama.inspection.allocator import ALLOCATORS, Allocator
 from pyllama.loader import empty_model, parameter_dtypes
 from pyllama.model import Model
 from pyllama.sampling import Sampler, SamplingParams
-from pyllama.step import PREFILL_TOKENS, CachedContext
 
 META = torch.device("meta")
 SAMPLING = SamplingParams(temperature=1.0)  # takes the logits, which the greedy choice of a step does not need
@@ -138,7 +138,7 @@ class Use:
         on_gpu = self._device == "cuda"
         pages = PagedCache(self._config, min(batch, PREFILL_TOKENS) * pages_for(prompt), META, self._dtype)
         with Recorded([allocator], on_gpu):
-            sequences = CachedContext(self._model, [range(prompt)] * batch, [1] * batch, 1, batch)
+            sequences = CachedContext(self._model, [range(prompt)] * batch, [1] * batch, 1, batch, loads=False)
             for layer in (Counter(self._layers) - Counter(self._config.layers)).elements():  # those left out
                 shape = batch * pages_for(prompt), *page_shape(layer.attention)
                 allocator.take(torch.Size(shape).numel() * self._dtype.itemsize)

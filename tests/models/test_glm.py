@@ -43,7 +43,7 @@ def test_bfloat16_models_choose_transformers_experts(folder: Path) -> None:
     x_TD = torch.randn(500, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     norm = model.layers[-1].ffn_norm
     expected = chosen(reference, norm(x_TD))
-    _, routing = moe(x_TD.clone(), norm, routed=True)
+    _, routing = moe(x_TD.clone(), norm, with_logits=True)
     assert routing.logits.dtype == torch.float32
     assert [set(row) for row in routing.experts.tolist()] == expected
     gate = reference.model.layers[-1].mlp.gate
@@ -61,7 +61,7 @@ def test_the_correction_bias_changes_the_choice_alone(folder: Path) -> None:
     layer = model.layers[-1]
     normed_TD = layer.ffn_norm(x_TD)
     with_bias = chosen(reference, normed_TD)
-    out_TD, routing = layer.ffn(x_TD, layer.ffn_norm, routed=True)
+    out_TD, routing = layer.ffn(x_TD, layer.ffn_norm, with_logits=True)
     assert [set(row) for row in routing.experts.tolist()] == with_bias
     torch.testing.assert_close(out_TD - x_TD, reference.model.layers[-1].mlp(normed_TD[None])[0], rtol=0, atol=1e-5)
     reference.model.layers[-1].mlp.gate.e_score_correction_bias.zero_()
