@@ -8,8 +8,8 @@ import pytest
 from families import OPTIONS, draw, write, write_llama_moe
 
 import pyllama
+from pyllama.checkpoint import MODEL_DTYPES
 from pyllama.inspection.fit import fit
-from pyllama.loader import DTYPES
 from pyllama.model import Model
 
 
@@ -20,7 +20,7 @@ def mapped_bytes(model: Model, folder: Path) -> int:
     return sum(p.nbytes for p in model.parameters() if any(low <= p.data_ptr() < high for low, high in ranges))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MODEL_DTYPES)
 @pytest.mark.parametrize("family", [*OPTIONS, "llama_moe"])
 def test_weights_are_those_of_the_loaded_model(family: str, dtype: str, tmp_path: Path) -> None:
     for seed in (0, 1, 2):
