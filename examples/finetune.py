@@ -240,13 +240,14 @@ def main(
     text: Annotated[Path, typer.Argument(help="A text file in UTF-8.")],
     output: Annotated[Path, typer.Argument(help="The new checkpoint's folder.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimizer; instead of --epochs.")] = None,
-    epochs: Annotated[float | None, typer.Option(min=0, help="Times that the text is seen. [default: 1]")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0, help="Times that the text is seen (1 if not given).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 8,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences that a process computes at once. [default: its share of them]")
+        int | None,
+        typer.Option(min=1, help="Sequences that a process computes at once (if not given: all of its own)."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a sequence. [default: 1024, or what the model has]")
+        int | None, typer.Option(min=2, help="Of a sequence, in tokens (if not given: 1024, or what the model has).")
     ] = None,
     lr: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 2e-5,
     warmup: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the steps in which it grows.")] = 0.05,
@@ -255,7 +256,7 @@ def main(
     held_out: Annotated[float, typer.Option(min=0, max=1, help="Share of the text, its end.")] = 0.05,
     interval: Annotated[int, typer.Option(min=1, help="Steps between held-out losses, and saved states.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of sequences, and of dropout.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (if not given: a GPU where there is one).")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float64"], typer.Option(help="What the model computes in.")
     ] = "float32",
@@ -299,15 +300,18 @@ def main(
         )
         origin = model.origin.values if model.origin else {}
         identity = {"source": digest(origin, model.parameters()), "text": digest({}, [tokens]), **asdict(options)}
-        run(Tuner(model, options), training, kept, StateFile.beside(target, identity), target)
+        names = {"checkpoint": source, "text_file": str(text)}
+        run(Tuner(model, options), training, kept, StateFile.beside(target, identity), target, names)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def run(tuner: Tuner, training: Tensor, held_out: Tensor, states: StateFile, output: Path) -> None:
-    """Trains on the rows of one tensor, measures on those of the other, writes the result."""
+def run(
+    tuner: Tuner, training: Tensor, held_out: Tensor, states: StateFile, output: Path, names: dict[str, str]
+) -> None:
+    """Trains on the rows of one tensor, measures on those of the other, writes the result; names: for its record."""
     model, options = tuner.model, tuner.options
-    console = Console(highlight=False, quiet=rank() > 0)
+    console = Console(highlight=False, markup=False, quiet=rank() > 0)
     weights = sum(master.nbytes for master in tuner.masters.values())
     states.check_room(3 * weights)  # with the optimizer's two moments
     console.print(
@@ -327,6 +331,7 @@ def run(tuner: Tuner, training: Tensor, held_out: Tensor, states: StateFile, out
     def write(folder: Path) -> None:
         model.save(folder)
         record = {
+            **names,
             **states.options,
             "python": platform.python_version(),
             "torch": torch.__version__,

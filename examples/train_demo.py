@@ -244,8 +244,10 @@ def save(trainer: Trainer, tokenizer: Tokenizer, folder: Path) -> None:
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("build/demo"),
-    picture: Annotated[Path | None, typer.Option(help="Picture of the loss curve [OUTPUT/loss.png].")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps [the recipe's].")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Picture of the loss curve (if not given: OUTPUT/loss.png).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps (if not given: the recipe's).")] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="Stop by then, having trained for fewer steps.")] = 42.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads; the result is the same for any number.")] = 2,
     tiny: Annotated[bool, typer.Option("--tiny", help="A model of no use, quickly.")] = False,
@@ -257,7 +259,7 @@ def main(
 
 def run(output: Path, picture: Path | None, recipe: Recipe, steps: int | None, minutes: float, threads: int) -> None:
     """As `main`."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps)
     torch.set_num_threads(1)  # the trainer's threads do not share ops
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ Processes that train together (torchrun) all run the loop; the first one shows a
 
 from __future__ import annotations
 
+import glob
 import itertools
 import math
 import os
@@ -27,8 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -179,10 +181,12 @@ class StateFile:
 
         Raises ValueError for another training's file, and for one that is damaged.
         """
+        for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
+            leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote
         if not self.path.exists():
             return History()
         try:
-            state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             there = state["options"]
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.path} is not a whole state ({error}): delete it to begin anew") from error
@@ -212,7 +216,7 @@ class StateFile:
         """Replaces the file; whatever happens meanwhile, the old one or the new one is there."""
         if rank() > 0:
             return
-        new = self.path.with_name(f".{self.path.name}.partial")
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         state = {"options": dict(self.options), "history": asdict(history), "trainer": trainer.state_dict()}
         try:
             with new.open("wb") as file:
@@ -290,7 +294,7 @@ def train(
                 if history.steps:
                     states.write(trainer, history)
                 bar.update(task, held_out=last)
-                console.print(escape(describe(history, plan)), soft_wrap=True)
+                console.print(describe(history, plan), soft_wrap=True)
             if done == 1.0:
                 return history
             if summed(len(stop)):
@@ -347,19 +351,15 @@ def write_result(output: Path, write: Callable[[Path], None], states: StateFile)
 
 def draw(history: History, plan: Plan, file: Path, lines: Mapping[str, float] | None = None) -> None:
     """The picture of the loss curve; lines: what to compare with, by its name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter
-
     lines = lines or {}
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
     tokens, losses = np.array(history.training).T
-    window = max(1, history.steps // 50)
+    window = max(1, math.isqrt(history.steps) // 2)
+    first = window // 2  # means stand in the middle of their steps
     means = np.convolve(losses, np.ones(window) / window, "valid")
     axes.plot(tokens, losses, color="tab:gray", linewidth=1, alpha=0.3)
-    axes.plot(tokens[window - 1 :], means, color="tab:gray", linewidth=1.5, label="training")
+    axes.plot(tokens[first : first + len(means)], means, color="tab:gray", linewidth=1.5, label="training")
     axes.plot(*np.array(history.held_out).T, "o-", color="tab:blue", markersize=4, label="held-out")
     for name, value in lines.items():
         axes.axhline(value, color="tab:red", linestyle="--", label=name)
@@ -370,4 +370,3 @@ def draw(history: History, plan: Plan, file: Path, lines: Mapping[str, float] | 
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
-    pyplot.close(figure)

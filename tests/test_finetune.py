@@ -106,6 +106,7 @@ def test_the_demo_learns_a_text(tmp_path: Path) -> None:
     assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.3
     assert found["held_out_history"][-1][1] < found["held_out_history"][0][1] - 0.3
     assert found["load_balancing_loss"] == pytest.approx(2, abs=0.5)
+    assert (found["checkpoint"], found["text_file"]) == ("demo", str(TEXT))
     assert (found["steps"], found["lr"], found["torch"]) == (12, 2e-3, torch.__version__)
     assert "12 steps, 3,072 tokens" in output
     assert "tokens/s" in output
@@ -117,7 +118,7 @@ def test_the_demo_learns_a_text(tmp_path: Path) -> None:
 
 def test_losses_are_those_of_transformers(source: Path, tmp_path: Path) -> None:
     """A loop of its own, with transformers' model and all that the options say, in float64."""
-    context, batch, steps, lr, warmup, clip, decay, seed = 32, 6, 8, 3e-3, 0.3, 0.7, 0.4, 5
+    context, batch, steps, lr, warmup, clip, decay, seed = 32, 6, 8, 3e-3, 0.3, 6.2, 0.4, 5  # clips half of the steps
     result = run(
         source, TEXT, tmp_path / "tuned", dtype="float64", context=context, batch=batch, micro_batch=2, steps=steps,
         lr=lr, warmup=warmup, clip=clip, weight_decay=decay, seed=seed, held_out=0.2, interval=3,
@@ -389,11 +390,3 @@ def test_too_little_of_the_machine(
     assert errors.count("\n") == 1
     assert all(part in errors for part in ["error: ", *expected])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_without_room_is_refused_at_once(tmp_path: Path) -> None:
-    states = finetune.StateFile.beside(tmp_path / "tuned", {})
-    free = shutil.disk_usage(tmp_path).free
-    states.check_room(free // 4)
-    with pytest.raises(OSError, match=r"tuned.state takes .* GB at a time, and .* GB are free"):
-        states.check_room(free)
