@@ -5,6 +5,7 @@
 
 The output folder is a checkpoint in Hugging Face's layout that `pyllama.load` reads, with the record of the training
 (training.json) and a picture of the loss curve. Held-out bits per byte stand beside those of a byte 4-gram model.
+A training that was stopped goes on, from the last evaluation, when the same command is run again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import json
 import math
 import platform
-import time
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,22 +23,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
-from corpus import Corpus, num_bytes, read_corpus
+from corpus import num_bytes, read_corpus
 from kneser_ney import KneserNey
 from muon import Muon
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from training import Plan, StateFile, draw, learning_rate, sequences, total_nats, train, write_result
 
 import pyllama
 from pyllama.architectures import read_config
+from pyllama.cli.app import one_line_errors
 from pyllama.model import Model
-from pyllama.save import unstack
+from pyllama.save import Origin, new_target
 
 END_OF_TEXT = "<|endoftext|>"  # before and after every document; id 0
 
@@ -142,13 +141,12 @@ def initialize(model: Model, seed: int) -> None:
 def batches(documents: list[Tensor], recipe: Recipe) -> Iterator[Tensor]:
     """Endless batches, int64 [batch, context]: every epoch the documents in another order, end to end, cut."""
     rng = np.random.default_rng(recipe.seed)
-    stride = recipe.context - 1  # the last token is predicted here and is the first of the next sequence
     while True:
         stream = torch.cat([documents[i][1:] for i in rng.permutation(len(documents))])
-        sequences = stream.unfold(0, recipe.context, stride)
-        for rows in torch.from_numpy(rng.permutation(len(sequences))).split(recipe.batch):
-            if len(rows) == recipe.batch:
-                yield sequences[rows]
+        rows = sequences(stream, recipe.context)
+        for chosen in torch.from_numpy(rng.permutation(len(rows))).split(recipe.batch):
+            if len(chosen) == recipe.batch:
+                yield rows[chosen]
 
 
 def windows(documents: list[Tensor], context: int) -> Iterator[tuple[Tensor, int]]:
@@ -164,21 +162,10 @@ def windows(documents: list[Tensor], context: int) -> Iterator[tuple[Tensor, int
             first = start + context
 
 
-@torch.no_grad()
 def model_bits(model: Model, documents: list[Tensor], tokens_at_once: int = 4096) -> float:
     """Bits that documents (from `encode`) cost, their ends included."""
-    nats = 0.0
-    pieces = sorted(windows(documents, model.config.max_positions), key=lambda piece: len(piece[0]))
-    while pieces:
-        count = max(1, tokens_at_once // len(pieces[-1][0]))  # the longest first, with others of similar length
-        chosen, pieces = pieces[-count:], pieces[:-count]
-        token_ids = pad_sequence([ids for ids, _ in chosen], batch_first=True)  # causal: what follows changes nothing
-        labels = pad_sequence([ids for ids, _ in chosen], batch_first=True, padding_value=-100)
-        for row, (_, first) in zip(labels, chosen, strict=True):
-            row[:first] = -100
-        logits = model(token_ids)[:, :-1].flatten(0, 1).float()
-        nats += F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
-    return nats / math.log(2)
+    pieces = list(windows(documents, model.config.max_positions))
+    return total_nats(model, pieces, tokens_at_once) / math.log(2)
 
 
 class Trainer:
@@ -186,7 +173,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, threads: int):
         self.recipe = recipe
-        config, self.table = read_config(config_json(recipe))
+        config, _ = read_config(config_json(recipe))
         self.model = Model(config)
         initialize(self.model, recipe.seed)
         self.parameters = list(self.model.parameters())
@@ -223,113 +210,59 @@ class Trainer:
             aux_loss += part_aux_loss / len(parts)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad.add_(gradient, alpha=1 / len(parts))  # type: ignore[union-attr]
-        factor = min(progress / self.recipe.warmup, (1 - progress) / (1 - self.recipe.warmup))
+        factor = learning_rate(progress, self.recipe.warmup)
         for optimizer, lr in self.optimizers.items():
             optimizer.param_groups[0]["lr"] = lr * factor
             optimizer.step()
         return loss, aux_loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that steps change."""
+        return {"model": self.model.state_dict(), "optimizers": [each.state_dict() for each in self.optimizers]}
 
-@dataclass
-class History:
-    """What is measured on the way, the tokens seen so far beside each value."""
-
-    training: list[tuple[int, float]]  # cross entropy, bits per byte
-    held_out: list[tuple[int, float]]  # bits per byte
-
-
-def train(
-    trainer: Trainer, corpus: Corpus, tokenizer: Tokenizer, minutes: float, console: Console
-) -> tuple[History, float, float]:
-    """Trains for the recipe's steps, or as many as fit `minutes`: history, seconds, last load-balancing loss."""
-    recipe = trainer.recipe
-    documents, held_out = encode(tokenizer, corpus.training), encode(tokenizer, corpus.held_out)
-    bits_per_nat = sum(len(ids) - 1 for ids in documents) / num_bytes(corpus.training) / math.log(2)
-    history = History([], [])
-    columns = (
-        BarColumn(), TextColumn("{task.percentage:3.0f}%  loss {task.fields[loss]:.3f} bits/byte"),
-        TextColumn("held-out {task.fields[held_out]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    start = time.monotonic()
-    step, tokens, smooth, aux_loss, done = 0, 0, math.nan, math.nan, 0.0
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=1.0, loss=math.nan, held_out=math.nan, speed=0.0)
-        for batch in batches(documents, recipe):
-            loss, aux_loss = trainer.step(batch, done)
-            step, tokens = step + 1, tokens + batch.numel()
-            smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
-            seconds = time.monotonic() - start
-            # Steps decide, so that a training repeats; the clock only where they would take too long.
-            done = min(max(step / recipe.steps, seconds / (60 * minutes)), 1.0)
-            history.training.append((tokens, loss * bits_per_nat))
-            if done >= (len(history.held_out) + 1) / recipe.evaluations:
-                bits = model_bits(trainer.model, held_out) / num_bytes(corpus.held_out)
-                history.held_out.append((tokens, bits))
-                bar.update(task, held_out=bits)
-                console.print(
-                    f"{step} steps, {tokens:,} tokens, {seconds:.0f} s: training {smooth * bits_per_nat:.3f}, "
-                    f"held-out {bits:.3f} bits/byte, load-balancing loss {aux_loss:.3f}"
-                )
-            bar.update(task, completed=done, loss=smooth * bits_per_nat, speed=tokens / seconds)
-            if done == 1.0:
-                break
-    return history, time.monotonic() - start, aux_loss
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes it as it was when `state_dict` was called."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
 def save(trainer: Trainer, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the checkpoint."""
     tokens = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": True}
     files = {
-        "config.json": config_json(trainer.recipe),
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0},
         "tokenizer_config.json": {**tokens, "tokenizer_class": "PreTrainedTokenizerFast"},
     }
-    for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trainer.model.named_parameters():
-        tensors |= unstack(trainer.table, trainer.model.config, name, parameter.detach().to(torch.bfloat16))
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def draw(history: History, baseline: float, file: Path) -> None:
-    """The picture of the loss curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    window = max(1, len(history.training) // 100)
-    tokens, losses = np.array(history.training).T
-    means = np.convolve(losses, np.ones(window) / window, "valid")
-    axes.plot(tokens[window - 1 :] / 1e6, means, color="tab:gray", linewidth=1, label="training")
-    axes.plot(*(np.array(history.held_out).T / [[1e6], [1]]), "o-", color="tab:blue", label="held-out")
-    axes.axhline(baseline, color="tab:red", linestyle="--", label="held-out, byte 4-gram (Kneser-Ney)")
-    axes.set(xlabel="million tokens", ylabel="bits per byte", ylim=(None, min(losses.max(), 2 * baseline)))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    with tempfile.TemporaryDirectory() as name:
+        for file, values in files.items():
+            Path(name, file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(f"{name}/tokenizer.json")
+        trainer.model.origin = Origin(config_json(trainer.recipe), Path(name))
+        trainer.model.save(folder, dtype="bfloat16")
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("build/demo"),
-    picture: Annotated[Path | None, typer.Option(help="Picture of the loss curve [OUTPUT/loss.png].")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps [the recipe's].")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Picture of the loss curve (if not given: OUTPUT/loss.png).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps (if not given: the recipe's).")] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="Stop by then, having trained for fewer steps.")] = 42.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads; the result is the same for any number.")] = 2,
     tiny: Annotated[bool, typer.Option("--tiny", help="A model of no use, quickly.")] = False,
 ) -> None:
     """Trains the demo model and writes it as a checkpoint."""
-    console = Console()
-    recipe = TINY if tiny else Recipe()
+    with one_line_errors():
+        run(new_target(output), picture, TINY if tiny else Recipe(), steps, minutes, threads)
+
+
+def run(output: Path, picture: Path | None, recipe: Recipe, steps: int | None, minutes: float, threads: int) -> None:
+    """As `main`."""
+    console = Console(highlight=False, markup=False)
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps)
     torch.set_num_threads(1)  # the trainer's threads do not share ops
-    output.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
 
     corpus = read_corpus()
     training_bytes, held_out_bytes = num_bytes(corpus.training), num_bytes(corpus.held_out)
@@ -339,37 +272,57 @@ def main(
     console.print(", ".join(f"byte {order}-gram: {bits:.3f} bits/byte" for order, bits in baselines.items()))
 
     tokenizer = train_tokenizer(corpus.training, recipe.vocab_size)
+    documents, held_out = encode(tokenizer, corpus.training), encode(tokenizer, corpus.held_out)
     trainer = Trainer(recipe, threads)
     parameters = sum(parameter.numel() for parameter in trainer.parameters)
     console.print(f"model: {parameters:,} parameters")
-    history, seconds, aux_loss = train(trainer, corpus, tokenizer, minutes, console)
-    save(trainer, tokenizer, output)
+    plan = Plan(
+        recipe.steps,
+        [(i + 1) / recipe.evaluations for i in range(recipe.evaluations)],
+        unit="bits/byte",
+        scale=sum(len(ids) - 1 for ids in documents) / training_bytes / math.log(2),
+        minutes=minutes,
+    )
+    states = StateFile.beside(output, {"corpus": corpus.sha256, **dataclasses.asdict(recipe), "minutes": minutes})
+    history = train(
+        trainer,
+        batches(documents, recipe),
+        lambda: model_bits(trainer.model, held_out) / held_out_bytes,
+        plan,
+        states,
+        console,
+    )
 
-    # What is recorded is the checkpoint's quality, rounded to bfloat16, as everybody loads it.
-    loaded = pyllama.load(output, device="cpu", dtype="float32")
-    bits = model_bits(loaded, encode(tokenizer, corpus.held_out)) / held_out_bytes
-    record = {
-        "python": platform.python_version(),
-        "corpus_sha256": corpus.sha256,
-        "training_documents": len(corpus.training),
-        "training_bytes": training_bytes,
-        "held_out_documents": len(corpus.held_out),
-        "held_out_bytes": held_out_bytes,
-        "held_out_bits_per_byte": round(bits, 4),
-        "kneser_ney_bits_per_byte": {f"{order}-gram": round(bits, 4) for order, bits in baselines.items()},
-        "parameters": parameters,
-        "steps": len(history.training),
-        "tokens": history.training[-1][0],
-        "seconds": round(seconds),
-        "threads": threads,
-        "load_balancing_loss": round(aux_loss, 4),
-        "torch": torch.__version__,
-        "recipe": dataclasses.asdict(recipe),
-        "held_out_history": [[tokens, round(bits, 4)] for tokens, bits in history.held_out],
-    }
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draw(history, baselines[4], picture or output / "loss.png")
-    console.print(f"held-out: {bits:.3f} bits/byte (byte 4-gram: {baselines[4]:.3f}); written to {output}")
+    def write(folder: Path) -> None:
+        save(trainer, tokenizer, folder)
+        # What is recorded is the checkpoint's quality, rounded to bfloat16, as everybody loads it.
+        bits = model_bits(pyllama.load(folder, device="cpu", dtype="float32"), held_out) / held_out_bytes
+        console.print(f"held-out: {bits:.3f} bits/byte (byte 4-gram: {baselines[4]:.3f})")
+        record = {
+            "python": platform.python_version(),
+            "corpus_sha256": corpus.sha256,
+            "training_documents": len(corpus.training),
+            "training_bytes": training_bytes,
+            "held_out_documents": len(corpus.held_out),
+            "held_out_bytes": held_out_bytes,
+            "held_out_bits_per_byte": round(bits, 4),
+            "kneser_ney_bits_per_byte": {f"{order}-gram": round(bits, 4) for order, bits in baselines.items()},
+            "parameters": parameters,
+            "steps": history.steps,
+            "tokens": history.tokens,
+            "seconds": round(history.seconds),
+            "threads": threads,
+            "load_balancing_loss": round(history.balance or 0.0, 4),
+            "torch": torch.__version__,
+            "recipe": dataclasses.asdict(recipe),
+            "held_out_history": [[tokens, round(bits, 4)] for tokens, bits in history.held_out],
+        }
+        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        lines = {"held-out, byte 4-gram (Kneser-Ney)": baselines[4]}
+        draw(history, plan, picture or folder / "loss.png", lines)
+
+    write_result(output, write, states)
+    console.print(f"written to {output}", soft_wrap=True)
 
 
 if __name__ == "__main__":

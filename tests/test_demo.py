@@ -20,7 +20,9 @@ import train_demo
 from corpus import Corpus, num_bytes, read_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from tokenizers import Tokenizer
+from training import Plan, StateFile, train
 
 import pyllama
 from pyllama.config import MoEConfig
@@ -135,6 +137,29 @@ def test_a_step_is_the_same_for_any_number_of_threads_and_lowers_the_loss() -> N
     assert losses[-1][0] < losses[0][0] - 0.2
     for a, b in zip(one.parameters, two.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_training_that_broke_off_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """Between evaluations, so that the steps since the last one are lost, and taken again."""
+    documents = [torch.randint(300, (100,), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
+    plan = Plan(steps=8, milestones=[0.25, 0.5, 0.75, 1.0])
+
+    def finish(states: StateFile, steps: int | None = None) -> train_demo.Trainer:
+        """Steps before it breaks off; None: all."""
+        one = trainer()
+        rows = itertools.islice(train_demo.batches(documents, one.recipe), steps)
+        train(one, rows, lambda: 0.0, plan, states, Console(quiet=True))
+        return one
+
+    states = StateFile.beside(tmp_path / "broken", {})
+    for steps in (3, 7):
+        with pytest.raises(StopIteration):
+            finish(states, steps)
+        assert len(torch.load(states.path)["history"]["training"]) == steps - 1
+    expected, found = finish(StateFile.beside(tmp_path / "whole", {})), finish(states)
+    for a, b in zip(expected.parameters, found.parameters, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(trainer().parameters[0], found.parameters[0])
 
 
 def test_an_epoch_holds_every_token_of_every_document() -> None:
