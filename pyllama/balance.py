@@ -59,31 +59,42 @@ def load_balancing_loss(
     group: processes whose loads count together, so that data-parallel training has the loss of a single process with
     all their tokens (Qiu et al., arXiv:2501.11873); None: each process has its own. Sequences are alone anyway.
     """
-    kinds = dict.fromkeys(layer.ffn for layer in config.layers if isinstance(layer.ffn, MoEConfig))
-    if not kinds:
+    if not routings:
         return None, 0.0
-    experts = next(iter(kinds))
+    experts = _experts(config)[0]
     return LOSSES[experts.aux_loss](routings, experts, sequences, group), experts.aux_loss_coef
 
 
 def new_loads(config: ModelConfig, sequences: int = 1, device: torch.device | str = "cpu") -> Tensor:
     """int64 zeros [M, B, E], to which a model adds how many of each sequence's tokens went to each expert.
 
-    With B = 1 all sequences count together. Raises ValueError for a model without experts.
+    With B = 1 all sequences count together. device: the model's. Raises ValueError for a model without experts.
     """
-    experts = [layer.ffn.num_experts for layer in config.layers if isinstance(layer.ffn, MoEConfig)]
+    return torch.zeros(_shape(config, sequences), dtype=torch.int64, device=device)
+
+
+def _shape(config: ModelConfig, sequences: int) -> list[int]:
+    experts = _experts(config)
     if not experts:
         raise ValueError("the model has no experts, so no loads can be counted")
-    return torch.zeros(len(experts), sequences, max(experts), dtype=torch.int64, device=device)
+    return [len(experts), sequences, experts[0].num_experts]
 
 
-def check_loads(loads: Tensor, config: ModelConfig, sequences: int) -> None:
+def _experts(config: ModelConfig) -> list[MoEConfig]:
+    """Of the layers that have some: all alike in what is counted and balanced, as in every family."""
+    experts = [layer.ffn for layer in config.layers if isinstance(layer.ffn, MoEConfig)]
+    if len({(moe.num_experts, moe.top_k, moe.scoring, moe.aux_loss, moe.aux_loss_coef) for moe in experts}) > 1:
+        raise ValueError("layers with unlike experts have no load-balancing loss or loads in common")
+    return experts
+
+
+def check_loads(loads: Tensor, config: ModelConfig, sequences: int, device: torch.device) -> None:
     """Raises ValueError where `loads` are not as `new_loads` makes them."""
-    shapes = [list(new_loads(config, count, "meta").shape) for count in (sequences, 1)]
-    if list(loads.shape) not in shapes or loads.dtype != torch.int64:
+    shapes = [_shape(config, count) for count in (sequences, 1)]
+    if list(loads.shape) not in shapes or loads.dtype != torch.int64 or loads.device != device:
         raise ValueError(
-            f"loads must be int64 [M, B, E] = {shapes[0]}, or {shapes[1]} for all together, got {loads.dtype} "
-            f"{list(loads.shape)}: see pyllama.balance.new_loads"
+            f"loads must be int64 [M, B, E] = {shapes[0]} on {device}, or {shapes[1]} for all together, got "
+            f"{loads.dtype} {list(loads.shape)} on {loads.device}: see pyllama.balance.new_loads"
         )
 
 
@@ -106,9 +117,10 @@ def update_correction_biases(
     The bias that decides who is chosen (`MoEConfig.correction_bias`) grows by `rate` for experts with fewer tokens
     than the mean of their layer, and shrinks by it for those with more. DeepSeek-V3 has 0.001, and 0 at the end.
 
-    loads: int64 [M, B, E], of all tokens since the last call (see `new_loads`). Where processes train together
-    (`torch.distributed` is initialised), theirs are added up: of `group`, None being all. The model may be sharded.
-    Raises ValueError where the model has no such biases, and for loads of another shape.
+    loads: int64 [M, B, E], of all tokens since the last call (see `new_loads`; zero them afterwards). Where processes
+    train together (`torch.distributed` is initialised), theirs are added up: of `group`, None being all. The model may
+    be sharded. Raises ValueError where the model has no such biases or they are coarser than float32, which small steps
+    would not move, and for loads of another shape or without a token.
     """
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
     biases = [moe.correction_bias for moe in mixtures]
@@ -117,9 +129,17 @@ def update_correction_biases(
     shape = [len(mixtures), "B", mixtures[0].config.num_experts]
     if loads.ndim != 3 or [loads.shape[0], loads.shape[2]] != [shape[0], shape[2]]:
         raise ValueError(f"loads must be [M, B, E] = {shape}, got {list(loads.shape)}")
+    if any(bias is not None and torch.finfo(bias.dtype).bits < 32 for bias in biases):
+        raise ValueError(
+            "correction biases are coarser than float32: keep them so when you cast the model (or load it so)"
+        )
     loads_ME = loads.sum(1)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(loads_ME, group=group)
+    if not loads_ME.any():
+        raise ValueError(
+            "loads have no tokens: give these to the model, on its device (a copy would be counted instead)"
+        )
     loads_ME = loads_ME.double()
     for bias, step_E in zip(biases, rate * torch.sign(loads_ME.mean(1, keepdim=True) - loads_ME), strict=True):
         if bias is not None:

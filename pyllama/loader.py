@@ -65,7 +65,7 @@ def load(
     folder = find_folder(source, ignore_config_keys)
     values, config, table = read_folder(folder, ignore_config_keys)
     model = _load_weights(folder, config, table, target, chosen)
-    model.origin = Origin(values, folder)
+    model.origin = Origin(values, folder.resolve())
     model.tokenizer = Tokenizer.from_folder(folder)
     model.eos_token_ids = _eos_token_ids(folder, model.tokenizer)
     return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,6 +72,8 @@ class Model(nn.Module):
         self,
         token_ids: Tensor,
         labels: Tensor | None = None,
+        *,
+        num_labels: Tensor | float | None = None,
         loads: Tensor | None = None,
         balance_group: dist.ProcessGroup | None = None,
         activation_checkpointing: bool = False,
@@ -78,28 +81,37 @@ class Model(nn.Module):
         """Logits of whole sequences, and the training loss where `labels` are given.
 
         token_ids: integers [B, T]; labels: the same shape, the token ids themselves (they are shifted here),
-        -100 where a token is not to be predicted. loads: int64 [M, B or 1, E], to which the experts' tokens are added
-        (`balance.new_loads`). balance_group: processes whose experts' loads count together in the load-balancing loss.
-        activation_checkpointing: backward computes each layer again instead of keeping what is inside it.
-        Returns logits [B, T, V], or an `LMOutput`. Dropout, where the configuration has some, is of `train()` alone.
-        Raises ValueError for another shape or dtype, or for more tokens than the context.
+        -100 where a token is not to be predicted. num_labels: what the sum over predicted tokens is divided by, for
+        batches that come in parts (in data-parallel training: the mean number of a process); None: their number here.
+        loads: int64 [M, B or 1, E], to which the experts' tokens are added (`balance.new_loads`). balance_group:
+        processes whose experts' loads count together in the load-balancing loss. Padding counts in both, wherever
+        labels are -100: pack sequences rather. activation_checkpointing: backward computes each layer again instead of
+        keeping what is inside it. Returns logits [B, T, V], or an `LMOutput`. Dropout, where the configuration has
+        some, is of `train()` and of passes with gradients alone.
+        Raises ValueError for another shape or dtype, for more tokens than the context, for labels of no token.
         """
-        if token_ids.ndim != 2 or token_ids.is_floating_point():
+        if token_ids.ndim != 2 or token_ids.is_floating_point() or token_ids.dtype == torch.bool:
             raise ValueError(f"token_ids must be integers [B, T], got {token_ids.dtype} {list(token_ids.shape)}")
         sequences, tokens = token_ids.shape
         if tokens > self.config.max_positions:
             raise ValueError(f"{tokens} tokens do not fit the context of {self.config.max_positions}")
         if labels is not None and labels.shape != token_ids.shape:
             raise ValueError(f"labels {list(labels.shape)} must have token_ids' shape {list(token_ids.shape)}")
+        if labels is not None and (sequences == 0 or tokens < 2):
+            raise ValueError(f"labels of {list(labels.shape)} have no token to predict: 2 tokens a sequence are needed")
         if loads is not None:
-            check_loads(loads, self.config, sequences)
+            check_loads(loads, self.config, sequences, token_ids.device)
         batch = Packed.rectangle(sequences, tokens, token_ids.device)
         flat_T = token_ids.flatten().to(torch.int64)
         x_TD, routings = self._hidden(flat_T, batch, None, loads, labels is not None, activation_checkpointing)
         logits = self._logits(x_TD).unflatten(0, (sequences, tokens))
         if labels is None:
             return logits
-        loss = F.cross_entropy(cast(logits[:, :-1].flatten(0, 1), compute_dtype(logits)), labels[:, 1:].flatten())
+        next_labels = F.pad(labels[:, 1:].to(torch.int64), (0, 1), value=-100).flatten()  # logits stay whole: no copy
+        flat = cast(logits.flatten(0, 1), compute_dtype(logits))
+        loss = F.cross_entropy(flat, next_labels, reduction="mean" if num_labels is None else "sum")
+        if num_labels is not None:
+            loss = loss / num_labels
         aux_loss, coefficient = load_balancing_loss(routings, self.config, sequences, balance_group)
         return LMOutput(logits, loss if aux_loss is None else loss + coefficient * aux_loss, aux_loss)
 
@@ -125,11 +137,19 @@ class Model(nn.Module):
 
         folder: is made, and must be empty if it is there; what is written appears in it when all is done. dtype,
         max_shard_size: as in `pyllama convert`. The tokenizer's files are copied from where the model was loaded.
-        Of a model that FSDP2 has sharded, every process must call it; the first one writes.
-        Raises ValueError for a model that was not loaded and has no `origin`, FileExistsError where something is in
-        the folder, OSError where the disk has no room.
+        Of a model that FSDP2 has sharded, every process must call it, and the first one writes; of any other model one
+        process alone. Raises ValueError for a model that was not loaded and has no `origin`, FileExistsError where
+        something is in the folder, FileNotFoundError where the one it was loaded from is gone, OSError where the disk has
+        no room.
         """
-        save_model(self.config, dict(self.named_parameters()), self.origin, folder, dtype, max_shard_size)
+        for module in self.modules():
+            if reshard := getattr(module, "reshard", None):  # FSDP2's: or parameters may be whole, and not the trained
+                reshard()
+        # torch.compile and checkpoint_wrapper put a level of their own around a layer.
+        parameters = {
+            re.sub(r"\b(_orig_mod|_checkpoint_wrapped_module)\.", "", name): p for name, p in self.named_parameters()
+        }
+        save_model(self.config, parameters, self.origin, folder, dtype, max_shard_size)
 
     def _hidden(
         self,

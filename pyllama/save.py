@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,8 +164,12 @@ def save_model(
         )
     target, chosen, limit = new_target(folder), parse_dtype(dtype), parse_size("max_shard_size", max_shard_size)
     names = find_family(dict(origin.values)).weights(config)
-    pieces = [_piece(names, config, name, parameter, chosen) for name, parameter in parameters.items()]
     sharded = any(map(is_sharded, parameters.values()))
+    pieces = []
+    for name, parameter in parameters.items():
+        by_expert = parameter.ndim == 3 and not sharded  # a layer's experts are too many for one piece
+        parts = enumerate(parameter) if by_expert else [(None, parameter)]
+        pieces += [_piece(names, config, name, part, chosen, expert) for expert, part in parts]
     if sharded and dist.get_rank() > 0:  # gives its parts, in the order in which the first process asks for them
         for piece in chain.from_iterable(_shards(pieces, limit)):
             piece.make()
@@ -180,17 +185,28 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _piece(names: WeightTable, config: ModelConfig, parameter: str, value: Tensor, dtype: torch.dtype | None) -> Piece:
-    """A parameter's tensors, in the data type asked for; correction biases are no coarser than float32, as loaded."""
+def _piece(
+    names: WeightTable,
+    config: ModelConfig,
+    parameter: str,
+    value: Tensor,
+    dtype: torch.dtype | None,
+    expert: int | None,
+) -> Piece:
+    """A parameter's tensors, or those of one of its experts, in the data type asked for.
+
+    Correction biases are no coarser than float32, as they are loaded.
+    """
     dtype = value.dtype if dtype is None else dtype
     if parameter.endswith(".correction_bias"):
         dtype = torch.promote_types(dtype, torch.float32)
 
     def make() -> dict[str, Tensor]:
         whole: Tensor = getattr(value, "full_tensor")() if is_sharded(value) else value  # noqa: B009
-        return unstack(names, config, parameter, whole.detach().to("cpu", dtype))
+        return unstack(names, config, parameter, whole.detach().to("cpu", dtype), expert)
 
-    return Piece(unstack(names, config, parameter, torch.empty(value.shape, dtype=dtype, device="meta")), make)
+    empty = torch.empty(value.shape, dtype=dtype, device="meta")
+    return Piece(unstack(names, config, parameter, empty, expert), make)
 
 
 def new_target(folder: str | Path) -> Path:
@@ -214,6 +230,8 @@ def write_checkpoint(
     size = sum(piece.bytes for piece in pieces)
     with _new_folder(target, size) as new, progress_bar(doing, size) as advance:
         if origin.folder is not None:
+            if not origin.folder.is_dir():
+                raise FileNotFoundError(f"{origin.folder}, whose tokenizer belongs to the model, is not there any more")
             _copy_files(origin.folder, new)
         values = _config_json(origin.values, config, dtype)
         (new / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -244,11 +262,8 @@ def _new_folder(target: Path, size: int) -> Iterator[Path]:
     free = shutil.disk_usage(target.parent).free
     if size > free:
         raise OSError(f"{target} would take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk")
-    new = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    new.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as around:
+        new = Path(around) / target.name
+        new.mkdir()
         yield new
         new.rename(target)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise

@@ -97,7 +97,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     sparse_checkpoint(tmp_path / "source", 2**28)
     target = tmp_path / "target"
     process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "source", target], stderr=subprocess.PIPE)
-    while process.poll() is None and not list(tmp_path.glob(".target.*.partial/*.safetensors")):
+    while process.poll() is None and not list(tmp_path.glob(".target.*.partial/*/*.safetensors")):
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,12 @@ def test_training_after_generation() -> None:
             r"token_ids must be integers \[B, T\], got torch.int64 \[3\]",
         ),
         (torch.zeros(1, 3), None, r"got torch.float32 \[1, 3\]"),
+        (torch.zeros(1, 3, dtype=torch.bool), None, r"got torch.bool \[1, 3\]"),
+        (
+            torch.zeros(2, 1, dtype=torch.int64),
+            torch.zeros(2, 1, dtype=torch.int64),
+            r"labels of \[2, 1\] have no token",
+        ),
         (torch.zeros(1, 65, dtype=torch.int64), None, "65 tokens do not fit the context of 64"),
         (
             torch.zeros(1, 3, dtype=torch.int64),
@@ -281,9 +288,59 @@ def test_compiled_training_is_the_same(ffn: str, attention: str) -> None:
     found = []
     for one in (model, compiled):
         loads = None if ffn == "dense" else new_loads(model.config)
-        output = one(token_ids, token_ids, loads)
+        output = one(token_ids, token_ids, loads=loads)
         output.loss.backward()
         found.append([output.loss, *(parameter.grad for parameter in model.parameters()), loads])
         model.zero_grad(set_to_none=True)
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(second, first, rtol=1e-9, atol=1e-12)
+
+
+def test_batches_in_parts_have_the_loss_of_the_whole() -> None:
+    """Parts with unlike numbers of labels, one of them with none, divided by the number in all."""
+    model = tiny(FFNS["dense"]).double()
+    token_ids = torch.randint(0, 29, (3, 9))
+    labels = token_ids.clone().to(torch.int32)
+    labels[0, 2:] = labels[1] = -100
+    whole = model(token_ids, labels).loss
+    count = (labels[:, 1:] != -100).sum()
+    parts = sum(model(ids[None], one[None], num_labels=count).loss for ids, one in zip(token_ids, labels, strict=True))
+    torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("ffn", FFNS)
+def test_training_under_autocast(ffn: str, attention: str) -> None:
+    """float32 weights, products in bfloat16 or so: near what there is without."""
+    model = tiny(FFNS[ffn], attention)
+    token_ids = torch.randint(0, 29, (2, 20))
+    expected = model(token_ids, token_ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(token_ids, token_ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0, check_dtype=False)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_nothing_is_dropped_without_gradients() -> None:
+    """A model in training generates as one that is not."""
+    layer = LayerConfig(replace(ATTENTIONS["plain"], dropout=0.5, out_dropout=0.5), MLPConfig(24, dropout=0.5))
+    model = Model(ModelConfig(29, 16, 64, 1e-5, True, (layer, layer))).train()
+    token_ids = torch.randint(0, 29, (1, 30))
+    dropped = [model(token_ids) for _ in range(2)]
+    assert not torch.equal(*dropped)
+    with torch.no_grad():
+        found = [model(token_ids), model.eval()(token_ids)]
+    assert torch.equal(*found)
+
+
+def test_dropout_with_layers_computed_twice_drops_the_same() -> None:
+    layer = LayerConfig(replace(ATTENTIONS["plain"], dropout=0.3, out_dropout=0.3), MLPConfig(24, dropout=0.3))
+    model = Model(ModelConfig(29, 16, 64, 1e-5, True, (layer, layer))).train()
+    token_ids = torch.randint(0, 29, (2, 30))
+    found = []
+    for again in (False, True):
+        torch.manual_seed(1)
+        loss = model(token_ids, token_ids, activation_checkpointing=again).loss
+        found.append([loss, *torch.autograd.grad(loss, model.parameters())])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))

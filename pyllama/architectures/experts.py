@@ -114,4 +114,5 @@ def read_corrected_experts(reader: Reader, *, experts: int, groups: int, chosen:
         group_top_k=min(2, experts // groups),
         float32_router=True,
         shared=read_shared(reader, default=1),
+        aux_loss="sequence",  # DeepSeek-V3's, whose weight is 0 here, as in everybody's code
     )

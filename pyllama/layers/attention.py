@@ -97,9 +97,9 @@ class GQA(nn.Module):
         if config.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
         if config.rope is not None and rotation is not None:
-            q_THK = rope(q_THK, *rotation, config.rope.interleaved)
-            k_TGK = rope(k_TGK, *rotation, config.rope.interleaved)
-        dropout = config.dropout if self.training else 0.0
+            q_THK = rope(q_THK, rotation.cos_sin, rotation.rows, config.rope.interleaved)
+            k_TGK = rope(k_TGK, rotation.cos_sin, rotation.rows, config.rope.interleaved)
+        dropout = config.dropout if self.training and torch.is_grad_enabled() else 0.0
         return whole_attention(q_THK, k_TGK, v_TGK, batch, None, config.window, dropout)
 
 
@@ -118,6 +118,13 @@ def whole_attention(
         age_TT = torch.arange(longest, device=q_THK.device).unsqueeze(1) - torch.arange(longest, device=q_THK.device)
         mask = (age_TT >= 0) & (age_TT < window)
     out_BHTV = F.scaled_dot_product_attention(
-        q_BHTK, k_BGTK, v_BGTV, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+        q_BHTK,
+        k_BGTK,
+        v_BGTV,
+        mask,
+        dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q_THK.shape[1] != k_TGK.shape[1],
     )
     return out_BHTV.transpose(1, 2).flatten(0, 1)

@@ -67,7 +67,7 @@ class Linear(nn.Linear):
     def add_to(self, residual_TF: Tensor, x_TD: Tensor, next_weight: Tensor | None = None) -> Tensor:
         """residual + self(x); without gradients in place. next_weight: of a product that soon follows, to be brought to
         the GPU's cache while this one waits; not if a hook has yet to bring it to where x is."""
-        if torch.is_grad_enabled() or (self.training and self.dropout):
+        if torch.is_grad_enabled():
             return residual_TF + F.dropout(self(x_TD), self.dropout, self.training)
         if few(x_TD):
             here = next_weight is not None and (next_weight.device, next_weight.dtype) == (x_TD.device, x_TD.dtype)

@@ -105,11 +105,11 @@ class MLA(nn.Module):
         """The same with functional ops, which have gradients."""
         config = self.config
         q_THN, q_THR = q_THK.split([config.nope_dim, config.rope.dim], dim=-1)
-        q_THK = torch.cat((q_THN, rope(q_THR, *rotation, config.rope.interleaved)), dim=-1)
+        q_THK = torch.cat((q_THN, rope(q_THR, rotation.cos_sin, rotation.rows, config.rope.interleaved)), dim=-1)
         latent_TC, key_TR = latent.split([config.kv_rank, config.rope.dim], dim=1)
-        key_T1R = rope(key_TR.unsqueeze(1), *rotation, config.rope.interleaved)
+        key_T1R = rope(key_TR.unsqueeze(1), rotation.cos_sin, rotation.rows, config.rope.interleaved)
         k_THK, v_THV = self._keys_values(self.kv_norm(latent_TC), key_T1R.squeeze(1))
-        dropout = config.dropout if self.training else 0.0
+        dropout = config.dropout if self.training and torch.is_grad_enabled() else 0.0
         return whole_attention(q_THK, k_THK, v_THV, batch, config.scale, None, dropout)
 
     def _keys_values(self, latent_MC: Tensor, key_MR: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyllama.ops.registry import cast
 from pyllama.ops.rms_norm import rms_norm
 
 
@@ -15,4 +16,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # which rounds what products give, but not the weight
+            return cast(rms_norm(cast(x, self.weight.dtype), self.weight, self.eps), x.dtype)
         return rms_norm(x, self.weight, self.eps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from pyllama.batch import Packed
 from pyllama.config import LinearScaling, Llama3Scaling, LongRopeScaling, RopeConfig, YarnScaling
 
 
-class Rotation(NamedTuple):
-    """What the op `rope` needs of a pass."""
+class Rotation:
+    """What the op `rope` needs of a pass; a plain object, as FSDP2 would cast the table with a layer's other inputs."""
 
-    cos_sin: Tensor  # float32 [rows, R]
-    rows: Tensor  # int32 [T], each token's row of it
+    def __init__(self, cos_sin: Tensor, rows: Tensor) -> None:
+        self.cos_sin = cos_sin  # float32 [rows, R]
+        self.rows = rows  # int32 [T], each token's row of it
 
 
 def _plain(rope: RopeConfig, periods: Tensor, scaling: None) -> Tensor:

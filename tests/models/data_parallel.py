@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,13 +37,28 @@ WRAPPERS: dict[str, Callable[[Model], nn.Module]] = {"ddp": DistributedDataParal
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mixtral": {},  # a load-balancing loss
+    "deepseek_v2 by sequence": {},  # its load-balancing losses
+    "deepseek_v2 by batch": {},
     "deepseek_v3": {},  # correction biases
     "qwen2_moe": {"activation_checkpointing": True},
 }
 
 
-def batches() -> Tensor:
-    return torch.randint(211, (STEPS, 4, 12), generator=torch.Generator().manual_seed(0))
+def mixed(model: Model) -> nn.Module:
+    """In bfloat16, but for correction biases, which decide who is chosen."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    biases = {parameter for name, parameter in model.named_parameters() if name.endswith("correction_bias")}
+    for module in (*model.layers, model):
+        fully_shard(module, mp_policy=policy, ignored_params=biases)
+    return model
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels, of which the second process has fewer."""
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(211, (STEPS, 4, 12), generator=generator)
+    ignored = torch.rand(token_ids.shape, generator=generator) < torch.tensor([0.0, 0.1, 0.8, 0.8])[:, None]
+    return list(zip(token_ids, token_ids.masked_fill(ignored, -100), strict=True))
 
 
 def train(model: Model, wrap: Callable[[Model], nn.Module], rank: int, processes: int, **options: Any) -> list[float]:
@@ -57,10 +72,11 @@ def train(model: Model, wrap: Callable[[Model], nn.Module], rank: int, processes
     ffns = [layer.ffn for layer in model.config.layers]
     corrected = any(isinstance(ffn, MoEConfig) and ffn.correction_bias for ffn in ffns)
     losses = []
-    for batch in batches():
-        token_ids = batch.chunk(processes)[rank]
+    for all_ids, all_labels in batches():
+        token_ids, labels = all_ids.chunk(processes)[rank], all_labels.chunk(processes)[rank]
         loads = new_loads(model.config) if corrected else None
-        output = wrapped(token_ids, labels=token_ids, loads=loads, balance_group=group, **options)
+        mean = (all_labels[:, 1:] != -100).sum() / processes
+        output = wrapped(token_ids, labels=labels, num_labels=mean, loads=loads, balance_group=group, **options)
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -89,4 +105,12 @@ def work(rank: int, folder: Path) -> None:
                 model.save(folder / f"{case} {kind}")
             if rank == 0:
                 torch.save(losses, folder / f"{case} {kind}.losses")
+    model = pyllama.load(folder / "deepseek_v3", "cpu", "float32")
+    losses = train(model, mixed, rank, PROCESSES)
+    model.save(folder / "mixed")
+    with torch.no_grad():  # which leaves parameters whole, in bfloat16
+        model(batches()[0][0])
+    model.save(folder / "mixed again")
+    if rank == 0:
+        torch.save(losses, folder / "mixed.losses")
     dist.destroy_process_group()

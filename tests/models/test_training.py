@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from families import OPTIONS, draw, write, write_llama_moe
 from safetensors.torch import load_file
 from test_deepseek import FAMILIES as DEEPSEEK
 from test_deepseek import draw as draw_deepseek
+from test_minimind import write_research
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -182,6 +184,33 @@ def test_saving_in_another_type_and_in_shards(tmp_path: Path) -> None:
         assert torch.equal(parameter if exact else parameter.bfloat16(), copy), name
 
 
+def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
+    """A layer's are too many for one file, or for memory twice."""
+    write(tmp_path / "model", config_of("mixtral", 0))
+    model = pyllama.load(tmp_path / "model", "cpu")
+    one = model.layers[0].ffn.gate_up[0].nbytes
+    rest = max(p.nbytes for p in model.parameters() if p.ndim < 3)
+    model.save(tmp_path / "saved", max_shard_size=max(one, rest))
+    most = max(file.stat().st_size for file in (tmp_path / "saved").glob("*.safetensors"))
+    assert most <= max(one, rest) + 2000  # a header
+
+
+def test_saving_finds_the_tokenizer_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model", config_of("llama", 0))
+    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    model = pyllama.load("model", "cpu")
+    model.layers[0] = torch.compile(model.layers[0])  # a level more in its parameters' names
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model.save("saved")
+    assert (tmp_path / "elsewhere" / "saved" / "tokenizer_config.json").read_text() == "{}"
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=r"model, whose tokenizer belongs to the model, is not there any more"):
+        model.save("again")
+    assert [path.name for path in Path().iterdir()] == ["saved"]
+
+
 def test_nothing_is_saved_over_or_by_half(tmp_path: Path) -> None:
     write(tmp_path / "model", config_of("llama", 0))
     model = pyllama.load(tmp_path / "model", "cpu")
@@ -235,3 +264,18 @@ def test_dropout_is_transformers(config: dict[str, Any], tmp_path: Path) -> None
     weights = reference.get_input_embeddings().weight, model.embedding.weight
     gradients = [torch.autograd.grad(loss, weight)[0] for loss, weight in zip(dropped, weights, strict=True)]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("given", "kind"), [(..., "sequence"), (True, "sequence"), (False, "batch")])
+@pytest.mark.parametrize("family", ["deepseek_v2", "research"])
+def test_which_loss_balances_experts(family: str, given: Any, kind: str, tmp_path: Path) -> None:
+    """DeepSeek's key, in its family and in MiniMind's research models; without it as if it were true."""
+    if family == "research":
+        write_research(tmp_path, seq_aux=given)
+    else:
+        write(tmp_path, config_of(family, 0) | {"first_k_dense_replace": 0})
+        config = json.loads((tmp_path / "config.json").read_text()) | {"seq_aux": given}
+        config = {key: value for key, value in config.items() if value is not ...}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    model = pyllama.load(tmp_path, "cpu")
+    assert {layer.ffn.aux_loss for layer in model.config.layers} == {kind}
