@@ -139,8 +139,8 @@ class Model(nn.Module):
         max_shard_size: as in `pyllama convert`. The tokenizer's files are copied from where the model was loaded.
         Of a model that FSDP2 has sharded, every process must call it, and the first one writes; of any other model one
         process alone. Raises ValueError for a model that was not loaded and has no `origin`, FileExistsError where
-        something is in the folder, FileNotFoundError where the one it was loaded from is gone, OSError where the disk has
-        no room.
+        something is in the folder, FileNotFoundError where the one it was loaded from is gone, OSError where the disk
+        has no room.
         """
         for module in self.modules():
             if reshard := getattr(module, "reshard", None):  # FSDP2's: or parameters may be whole, and not the trained
