@@ -137,11 +137,11 @@ def attention_forward(
     """
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise ValueError(_refusal(f"{name} ({what})", 'attn_implementation="eager"'))
+            raise _refusal(f"{name} ({what})", 'attn_implementation="eager"')
     if dropout:
-        raise ValueError(_refusal(f"dropout ({dropout})", "attention_dropout=0 in the model's config"))
+        raise _refusal(f"dropout ({dropout})", "attention_dropout=0 in the model's config")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError(_refusal("attention that is not causal", 'attn_implementation="sdpa" for this module'))
+        raise _refusal("attention that is not causal", 'attn_implementation="sdpa" for this module')
 
     B, H, n, _ = query.shape
     m = key.shape[2]
@@ -151,7 +151,7 @@ def attention_forward(
         sequences = attention_mask
     else:
         wrong = f"an attention_mask of shape {list(attention_mask.shape)}"
-        raise ValueError(_refusal(wrong, 'a mask of padding, [batch, tokens], or attn_implementation="sdpa"'))
+        raise _refusal(wrong, 'a mask of padding, [batch, tokens], or attn_implementation="sdpa"')
     if sequences.shape != (B, n, m):
         raise ValueError(
             f"pyllama's attention: the mask is for {sequences.shape[0]} rows of {sequences.shape[1]} queries and "
@@ -215,7 +215,7 @@ def _sequences(
 ) -> Sequences:
     parts = _parts(mask_function)
     if "causal_mask_function" not in parts or not parts.keys() <= UNDERSTOOD:
-        raise ValueError(_refusal(f"a mask made of {', '.join(parts)}", 'attn_implementation="sdpa"'))
+        raise _refusal(f"a mask made of {', '.join(parts)}", 'attn_implementation="sdpa"')
     window = parts.get("sliding_window_overlay", {}).get("sliding_window")
     whole = _whole(B, n, m, window, device)
     if "packed_sequence_mask_function" in parts:  # and then there is no padding
@@ -237,7 +237,7 @@ def _sequences(
         return whole
     rises_B = token_Bm[:, 0] + (token_Bm.int().diff(dim=1) > 0).sum(1)
     if window and window < m and rises_B.max() > 1:  # a window of 0 is of models that have it off
-        raise ValueError(_refusal("a window over padding between tokens", 'attn_implementation="sdpa"'))
+        raise _refusal("a window over padding between tokens", 'attn_implementation="sdpa"')
     token_Bn = token_Bm.index_select(1, torch.arange(n, device=device) + (filled - n))
     return replace(
         whole,
@@ -290,7 +290,7 @@ def _packed(sequences: Sequences, cu_seqlens_q: Tensor | None, cu_seqlens_k: Ten
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise ValueError("pyllama's attention in transformers: cu_seq_lens_q and cu_seq_lens_k must come together")
     if sequences.order_q is not None:
-        raise ValueError(_refusal("a batch both packed and padded", "either cu_seq_lens or an attention_mask"))
+        raise _refusal("a batch both packed and padded", "either cu_seq_lens or an attention_mask")
     B, n, m = sequences.shape
     bounds_q, bounds_k = cast(cu_seqlens_q, torch.int32), cast(cu_seqlens_k, torch.int32)
     return replace(sequences, shape=(1, B * n, B * m), cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
@@ -328,12 +328,12 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     kind, way_out = type(module).__name__, 'experts_implementation="grouped_mm"'
     for name, wanted in LAYOUT.items():
         if (found := getattr(module, name, wanted)) != wanted:
-            raise ValueError(_refusal(f"{kind} with {name} = {found}", way_out, "experts"))
+            raise _refusal(f"{kind} with {name} = {found}", way_out, "experts")
     if not isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
-        raise ValueError(_refusal(f"{kind} with the activation {type(module.act_fn).__name__}", way_out, "experts"))
+        raise _refusal(f"{kind} with the activation {type(module.act_fn).__name__}", way_out, "experts")
     gate = type(module)._apply_gate
     if gate.__module__ != ExpertsInterface.__module__:
-        raise ValueError(_refusal(f"{kind} with a gate of its own, {gate.__qualname__},", way_out, "experts"))
+        raise _refusal(f"{kind} with a gate of its own, {gate.__qualname__},", way_out, "experts")
 
     x_TD, gate_up_EFD, down_EDF = _as_autocast(hidden_states, module.gate_up_proj, module.down_proj)
     rows, offsets, positions_TN = moe_dispatch(cast(top_k_index, torch.int32), module.num_experts)
@@ -351,5 +351,5 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype is torch.float64 else cast(tensor, dtype) for tensor in tensors)
 
 
-def _refusal(what: str, way_out: str, who: str = "attention") -> str:
-    return f"pyllama's {who} in transformers: {what} is not supported; use {way_out}"
+def _refusal(what: str, way_out: str, who: str = "attention") -> ValueError:
+    return ValueError(f"pyllama's {who} in transformers: {what} is not supported; use {way_out}")
