@@ -329,11 +329,12 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     for name, wanted in LAYOUT.items():
         if (found := getattr(module, name, wanted)) != wanted:
             raise _refusal(f"{kind} with {name} = {found}", way_out, "experts")
-    if not isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
-        raise _refusal(f"{kind} with the activation {type(module.act_fn).__name__}", way_out, "experts")
     gate = type(module)._apply_gate
     if gate.__module__ != ExpertsInterface.__module__:
         raise _refusal(f"{kind} with a gate of its own, {gate.__qualname__},", way_out, "experts")
+    act = getattr(module, "act_fn", None)
+    if not isinstance(act, (nn.SiLU, SiLUActivation)):
+        raise _refusal(f"{kind} with the activation {type(act).__name__}", way_out, "experts")
 
     x_TD, gate_up_EFD, down_EDF = _as_autocast(hidden_states, module.gate_up_proj, module.down_proj)
     rows, offsets, positions_TN = moe_dispatch(cast(top_k_index, torch.int32), module.num_experts)

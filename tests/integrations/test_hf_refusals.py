@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,11 +158,15 @@ def test_refusals(call: Callable[[], None], message: str) -> None:
         call()
 
 
-def test_experts_with_a_gate_of_their_own_are_refused() -> None:
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Config, DeepseekV4Experts
-
-    experts = DeepseekV4Experts(DeepseekV4Config(hidden_size=8, num_local_experts=2, moe_intermediate_size=4))
-    with pytest.raises(ValueError, match=r"a gate of its own, DeepseekV4Experts\._apply_gate, is not supported"):
+@pytest.mark.parametrize("model", ["deepseek_v4.DeepseekV4", "minimax_m3_vl.MiniMaxM3VL"])
+def test_experts_with_a_gate_of_their_own_are_refused(model: str) -> None:
+    """MiniMax's have no act_fn besides."""
+    family, kind = model.split(".")
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    sizes = {"hidden_size": 8, "num_local_experts": 2, "intermediate_size": 4, "moe_intermediate_size": 4}
+    config = SimpleNamespace(**sizes, hidden_act="silu", swiglu_limit=7.0, swiglu_alpha=1.7)
+    experts = getattr(module, f"{kind}Experts")(config)
+    with pytest.raises(ValueError, match=rf"a gate of its own, {kind}Experts\._apply_gate, is not supported"):
         experts_forward(experts, torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
 
 
