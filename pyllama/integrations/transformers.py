@@ -8,7 +8,8 @@
     )
 
 Training (Trainer, PEFT, DeepSpeed) and `generate` stay transformers'; its layers call pyllama's ops, which have
-gradients. What these do not compute, such as dropout, sinks or other masks, raises ValueError with the way out.
+gradients. What these do not compute, such as dropout, sinks or other masks, raises ValueError with the way out;
+AttributeError where a model asks its mask for what only tensors have.
 
 B rows of a batch, n queries and m keys in each, H query heads, G key/value heads, K head size, V value head size;
 T tokens, N experts per token, E experts, D hidden size, F feed-forward size.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,8 @@ UNDERSTOOD = {
     "remap_positions_for_packed_sequence",
 }
 
+READ = "a model that reads its attention mask", 'attn_implementation="eager"'
+
 # What an experts module must be.
 LAYOUT = {
     "has_gate": True,
@@ -90,7 +93,7 @@ class Sequences:
     """Which of a batch's rows, laid end to end, are a sequence: what layers get as their mask, made once a forward.
 
     Padding, and the part of a static cache that is not filled, are sequences of their own. So nothing else sees them,
-    their results are finite, and all shapes follow from the batch's.
+    their results are finite, and all shapes follow from the batch's. What models do to masks of numbers is refused.
     """
 
     shape: tuple[int, int, int]  # B, n, m
@@ -112,6 +115,17 @@ class Sequences:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
         return replace(self, **moved, by_positions=None)
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise _refusal(*READ)
+
+    def __add__(self, other: object) -> NoReturn:
+        raise _refusal(*READ)
+
+    __radd__ = __add__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(str(_refusal(*READ)))  # so that hasattr says no
 
 
 def attention_forward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import COMMON, CONFIGS, model_of, padding, tokens, use
-from torch import nn
+from hf_models import COMMON, CONFIGS, LATENT, model_of, padding, tokens, use
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
@@ -26,7 +29,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from pyllama.integrations.transformers import attention_forward, experts_forward
+from pyllama.integrations.transformers import Sequences, attention_forward, experts_forward, sequences_of
 
 
 def run_llama(**inputs: Any) -> None:
@@ -156,6 +159,57 @@ ELSEWHERE = {"position_bias": torch.zeros(1), "head_mask": torch.ones(4), "indic
 def test_refusals(call: Callable[[], None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+INDEXED = {**LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+DECODER = {"vocab_size": 61, "d_model": 32, "attention_dropout": 0.0}
+READERS = {
+    "deepseek_v32": {**INDEXED, "n_group": 2, "topk_group": 1},
+    "glm_moe_dsa": {**INDEXED, "n_group": 2, "topk_group": 1},
+    "axk2": INDEXED,
+    "hy_v4": INDEXED,
+    "doge": COMMON,
+    "xglm": {**DECODER, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4},
+    "trocr": {**DECODER, "decoder_ffn_dim": 48, "decoder_layers": 1, "decoder_attention_heads": 4},
+    "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 1, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("family", READERS)
+def test_models_that_read_their_mask_are_refused(family: str) -> None:
+    """They index it, add to it, or ask for its dtype or size, instead of giving it to the attention."""
+    config = AutoConfig.for_model(family, **READERS[family])
+    refusal = 'pyllama\'s .* a model that reads its attention mask is not supported; use attn_implementation="eager"'
+    with pytest.raises((ValueError, AttributeError), match=refusal):
+        run_config(config)
+
+
+def sequences() -> Sequences:
+    return sequences_of(2, 5, 5, attention_mask=padding(5, (2, 5), (0, 5)).bool())
+
+
+def test_a_mask_stays_an_object_like_others() -> None:
+    mask = sequences()
+    assert not hasattr(mask, "dtype")
+    assert getattr(mask, "size", None) is None
+    for same in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to("cpu")):
+        assert same.shape == (2, 5, 5)
+        assert torch.equal(same.cu_seqlens_k, mask.cu_seqlens_k)
+        assert torch.equal(same.order_k, mask.order_k)
+    with pytest.raises(AttributeError, match="reads its attention mask"):
+        mask.dtype  # noqa: B018
+    for touch in (lambda: mask[:, 0], lambda: mask + 1, lambda: torch.ones(1) + mask):
+        with pytest.raises(ValueError, match="reads its attention mask"):
+            touch()
+
+
+def test_attributes_of_a_mask_in_a_compiled_function() -> None:
+    def shifted(x: Tensor, mask: Sequences) -> Tensor:
+        return x + mask.shape[1] + mask.ndim if not hasattr(mask, "dtype") else x
+
+    mask = sequences()
+    compiled = torch.compile(shifted, backend="aot_eager", fullgraph=True)
+    assert compiled(torch.zeros(1), mask).item() == 9
 
 
 @pytest.mark.parametrize("model", ["deepseek_v4.DeepseekV4", "minimax_m3_vl.MiniMaxM3VL"])
