@@ -166,6 +166,8 @@ def attention_forward(
     else:
         wrong = f"an attention_mask of shape {list(attention_mask.shape)}"
         raise _refusal(wrong, 'a mask of padding, [batch, tokens], or attn_implementation="sdpa"')
+    if sequences.window is not None and sequences.window < 1:  # Qwen2-MoE makes such a mask, but for no layer
+        raise _refusal(f"a sliding_window of {sequences.window}", "sliding_window=None in the model's config")
     if sequences.shape != (B, n, m):
         raise ValueError(
             f"pyllama's attention: the mask is for {sequences.shape[0]} rows of {sequences.shape[1]} queries and "
@@ -250,7 +252,7 @@ def _sequences(
     elif token_Bm.all():
         return whole
     rises_B = token_Bm[:, 0] + (token_Bm.int().diff(dim=1) > 0).sum(1)
-    if window and window < m and rises_B.max() > 1:  # a window of 0 is of models that have it off
+    if window is not None and 0 < window < m and rises_B.max() > 1:
         raise _refusal("a window over padding between tokens", 'attn_implementation="sdpa"')
     token_Bn = token_Bm.index_select(1, torch.arange(n, device=device) + (filled - n))
     return replace(

@@ -24,6 +24,7 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedConfig,
 )
@@ -124,6 +125,14 @@ ELSEWHERE = {"position_bias": torch.zeros(1), "head_mask": torch.ones(4), "indic
             "the mask is for 3 rows of 5 queries and 5 keys, but query and key have 2 rows of 5 and 5",
         ),
         (run_window_over_holes, "a window over padding between tokens is not supported"),
+        *(
+            (
+                lambda w=w: run_config(MistralConfig(**COMMON, sliding_window=w)),
+                f"a sliding_window of {w} is not supported; use sliding_window=None in the model's config",
+            )
+            for w in (0, -1)
+        ),
+        (lambda: run_attention(sliding_window=0), "a sliding_window of 0 is not supported"),
         (
             lambda: run_attention(cu_seq_lens_q=torch.tensor([0, 5, 10])),
             "cu_seq_lens_q and cu_seq_lens_k must come together",
