@@ -102,8 +102,6 @@ class Sequences:
     cu_seqlens_k: Tensor
     order_q: Tensor | None = None  # [B * n], the queries' rows with each batch row's padding moved to its end
     order_k: Tensor | None = None  # [B * m], the keys' likewise
-    whole: bool = False  # where there are as many queries as keys, a row is one sequence, as far as is known
-    by_positions: Sequences | None = None  # what position_ids made of this one
 
     ndim = 4  # transformers looks here for masks of padding (2), and passes others on
 
@@ -114,7 +112,7 @@ class Sequences:
         """On another device, for layers there."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
-        return replace(self, **moved, by_positions=None)
+        return replace(self, **moved)
 
     def __getitem__(self, index: object) -> NoReturn:
         raise _refusal(*READ)
@@ -138,7 +136,6 @@ def attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
@@ -175,8 +172,6 @@ def attention_forward(
         )
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         sequences = _packed(sequences, cu_seq_lens_q, cu_seq_lens_k)
-    elif sequences.whole and B == 1 and n == m > 1 and position_ids is not None and position_ids.ndim == 2:
-        sequences = _by_positions(sequences, position_ids)
 
     q, k, v = _as_autocast(query, key, value)
     out = attention(
@@ -208,8 +203,9 @@ def sequences_of(
     """The mask, as transformers asks for it: `mask_function` over the places of queries and keys, less padding.
 
     q_offset, kv_offset: the first query's and the first key's place; attention_mask: [B, places], False for padding, or
-    what this function returned. Raises ValueError for what is neither causal, within a window, nor packed, and for
-    padding between tokens under a window, which would count it.
+    what this function returned. A row is packed where transformers says so, as to sdpa: at steps other than 1 in
+    position_ids, if there is neither a cache nor a mask of padding. Raises ValueError for what is neither causal,
+    within a window, nor packed, and for padding between tokens under a window, which would count it.
     """
     if isinstance(attention_mask, Sequences):  # made ahead, by `generate`
         return attention_mask
@@ -257,7 +253,6 @@ def _sequences(
     token_Bn = token_Bm.index_select(1, torch.arange(n, device=device) + (filled - n))
     return replace(
         whole,
-        whole=False,
         cu_seqlens_q=_bounds(token_Bn.sum(1), n),
         cu_seqlens_k=_bounds(token_Bm.sum(1), m),
         order_q=_tokens_first(token_Bn),
@@ -281,7 +276,7 @@ def _parts(function: Callable[..., Any]) -> dict[str, Mapping[str, Any]]:
 
 def _whole(B: int, n: int, m: int, window: int | None, device: torch.device) -> Sequences:
     starts = torch.arange(B + 1, dtype=torch.int32, device=device)
-    return Sequences((B, n, m), window, starts * n, starts * m, whole=True)
+    return Sequences((B, n, m), window, starts * n, starts * m)
 
 
 def _bounds(tokens_B: Tensor, length: int) -> Tensor:
@@ -312,20 +307,12 @@ def _packed(sequences: Sequences, cu_seqlens_q: Tensor | None, cu_seqlens_k: Ten
     return replace(sequences, shape=(1, B * n, B * m), cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads values
-def _by_positions(sequences: Sequences, position_ids: Tensor) -> Sequences:
-    """The sequences that a packed row's positions begin, as for flash attention; read by the first layer only."""
-    if sequences.by_positions is None:
-        sequences.by_positions = _split(sequences, position_ids[:, 1:] == position_ids.min())
-    return sequences.by_positions
-
-
 def _split(sequences: Sequences, starts_Bn: Tensor) -> Sequences:
     """The sequences with more starts, of which each row's place 0 is not one."""
     B, n, _ = sequences.shape
     starts = nn.functional.pad(starts_Bn, (1, 0), value=True).expand(B, -1).flatten().nonzero().flatten()
     cu_seqlens = nn.functional.pad(starts, (0, 1), value=B * n).int()
-    return replace(sequences, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, whole=False)
+    return replace(sequences, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
 
 
 def _rows(x_BHnK: Tensor, order: Tensor | None) -> Tensor:
