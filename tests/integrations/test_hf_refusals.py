@@ -233,32 +233,40 @@ def test_experts_with_a_gate_of_their_own_are_refused(model: str) -> None:
         experts_forward(experts, torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return done.stdout + done.stderr
-
-
 def test_pyllama_does_not_import_transformers() -> None:
-    assert python("import sys, pyllama, pyllama.integrations; print('transformers' in sys.modules)") == "False\n"
+    code = "import sys, pyllama, pyllama.integrations; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout + done.stderr == "False\n"
+
+
+def without_transformers(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "transformers", None)
+
+
+def without_experts(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr("transformers.integrations.moe.ExpertsInterface")
+
+
+def with_its_own_experts(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr("transformers.modeling_utils.ALL_EXPERTS_FUNCTIONS")
 
 
 @pytest.mark.parametrize(
-    ("before", "cause"),
+    ("change", "cause"),
     [
-        ("import sys; sys.modules['transformers'] = None", "import of transformers halted"),
-        (
-            "import transformers.integrations.moe as moe; del moe.ExpertsInterface",
-            "cannot import name 'ExpertsInterface'",
-        ),
-        (
-            "from transformers import modeling_utils; del modeling_utils.ALL_EXPERTS_FUNCTIONS",
-            "takes no experts but its own",
-        ),
+        (without_transformers, "import of transformers halted"),
+        (without_experts, "cannot import name 'ExpertsInterface'"),
+        (with_its_own_experts, "takes no experts but its own"),
     ],
-    ids=["none", "no experts", "its own experts"],
 )
-def test_a_transformers_that_does_not_serve(before: str, cause: str) -> None:
-    said = python(f"{before}\nimport pyllama.integrations.transformers").splitlines()[-1]
-    assert said.startswith("ImportError: pyllama.integrations.transformers needs transformers 5.7 or newer (")
+def test_a_transformers_that_does_not_serve(
+    change: Callable[[pytest.MonkeyPatch], None], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "pyllama.integrations.transformers")
+    change(monkeypatch)
+    with pytest.raises(ImportError) as raised:
+        import_module("pyllama.integrations.transformers")
+    said = str(raised.value)
+    assert said.startswith("pyllama.integrations.transformers needs transformers 5.7 or newer (")
     assert cause in said
     assert said.endswith("pip install -U transformers")
