@@ -8,7 +8,8 @@
     )
 
 Training (Trainer, PEFT, DeepSpeed) and `generate` stay transformers'; its layers call pyllama's ops, which have
-gradients. What these do not compute, such as dropout, sinks or other masks, raises ValueError with the way out.
+gradients. What these do not compute, such as dropout, sinks or other masks, raises ValueError with the way out;
+AttributeError where a model asks its mask for what only tensors have.
 
 B rows of a batch, n queries and m keys in each, H query heads, G key/value heads, K head size, V value head size;
 T tokens, N experts per token, E experts, D hidden size, F feed-forward size.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,8 @@ UNDERSTOOD = {
     "remap_positions_for_packed_sequence",
 }
 
+READ = "a model that reads its attention mask", 'attn_implementation="eager"'
+
 # What an experts module must be.
 LAYOUT = {
     "has_gate": True,
@@ -90,7 +93,7 @@ class Sequences:
     """Which of a batch's rows, laid end to end, are a sequence: what layers get as their mask, made once a forward.
 
     Padding, and the part of a static cache that is not filled, are sequences of their own. So nothing else sees them,
-    their results are finite, and all shapes follow from the batch's.
+    their results are finite, and all shapes follow from the batch's. What models do to masks of numbers is refused.
     """
 
     shape: tuple[int, int, int]  # B, n, m
@@ -99,8 +102,6 @@ class Sequences:
     cu_seqlens_k: Tensor
     order_q: Tensor | None = None  # [B * n], the queries' rows with each batch row's padding moved to its end
     order_k: Tensor | None = None  # [B * m], the keys' likewise
-    whole: bool = False  # where there are as many queries as keys, a row is one sequence, as far as is known
-    by_positions: Sequences | None = None  # what position_ids made of this one
 
     ndim = 4  # transformers looks here for masks of padding (2), and passes others on
 
@@ -111,7 +112,18 @@ class Sequences:
         """On another device, for layers there."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
-        return replace(self, **moved, by_positions=None)
+        return replace(self, **moved)
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise _refusal(*READ)
+
+    def __add__(self, other: object) -> NoReturn:
+        raise _refusal(*READ)
+
+    __radd__ = __add__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(str(_refusal(*READ)))  # so that hasattr says no
 
 
 def attention_forward(
@@ -124,7 +136,6 @@ def attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
@@ -137,11 +148,11 @@ def attention_forward(
     """
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise ValueError(_refusal(f"{name} ({what})", 'attn_implementation="eager"'))
+            raise _refusal(f"{name} ({what})", 'attn_implementation="eager"')
     if dropout:
-        raise ValueError(_refusal(f"dropout ({dropout})", "attention_dropout=0 in the model's config"))
+        raise _refusal(f"dropout ({dropout})", "attention_dropout=0 in the model's config")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError(_refusal("attention that is not causal", 'attn_implementation="sdpa" for this module'))
+        raise _refusal("attention that is not causal", 'attn_implementation="sdpa" for this module')
 
     B, H, n, _ = query.shape
     m = key.shape[2]
@@ -151,7 +162,9 @@ def attention_forward(
         sequences = attention_mask
     else:
         wrong = f"an attention_mask of shape {list(attention_mask.shape)}"
-        raise ValueError(_refusal(wrong, 'a mask of padding, [batch, tokens], or attn_implementation="sdpa"'))
+        raise _refusal(wrong, 'a mask of padding, [batch, tokens], or attn_implementation="sdpa"')
+    if sequences.window is not None and sequences.window < 1:  # Qwen2-MoE makes such a mask, but for no layer
+        raise _refusal(f"a sliding_window of {sequences.window}", "sliding_window=None in the model's config")
     if sequences.shape != (B, n, m):
         raise ValueError(
             f"pyllama's attention: the mask is for {sequences.shape[0]} rows of {sequences.shape[1]} queries and "
@@ -159,8 +172,6 @@ def attention_forward(
         )
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         sequences = _packed(sequences, cu_seq_lens_q, cu_seq_lens_k)
-    elif sequences.whole and B == 1 and n == m > 1 and position_ids is not None and position_ids.ndim == 2:
-        sequences = _by_positions(sequences, position_ids)
 
     q, k, v = _as_autocast(query, key, value)
     out = attention(
@@ -192,8 +203,9 @@ def sequences_of(
     """The mask, as transformers asks for it: `mask_function` over the places of queries and keys, less padding.
 
     q_offset, kv_offset: the first query's and the first key's place; attention_mask: [B, places], False for padding, or
-    what this function returned. Raises ValueError for what is neither causal, within a window, nor packed, and for
-    padding between tokens under a window, which would count it.
+    what this function returned. A row is packed where transformers says so, as to sdpa: at steps other than 1 in
+    position_ids, if there is neither a cache nor a mask of padding. Raises ValueError for what is neither causal,
+    within a window, nor packed, and for padding between tokens under a window, which would count it.
     """
     if isinstance(attention_mask, Sequences):  # made ahead, by `generate`
         return attention_mask
@@ -215,7 +227,7 @@ def _sequences(
 ) -> Sequences:
     parts = _parts(mask_function)
     if "causal_mask_function" not in parts or not parts.keys() <= UNDERSTOOD:
-        raise ValueError(_refusal(f"a mask made of {', '.join(parts)}", 'attn_implementation="sdpa"'))
+        raise _refusal(f"a mask made of {', '.join(parts)}", 'attn_implementation="sdpa"')
     window = parts.get("sliding_window_overlay", {}).get("sliding_window")
     whole = _whole(B, n, m, window, device)
     if "packed_sequence_mask_function" in parts:  # and then there is no padding
@@ -236,12 +248,11 @@ def _sequences(
     elif token_Bm.all():
         return whole
     rises_B = token_Bm[:, 0] + (token_Bm.int().diff(dim=1) > 0).sum(1)
-    if window and window < m and rises_B.max() > 1:  # a window of 0 is of models that have it off
-        raise ValueError(_refusal("a window over padding between tokens", 'attn_implementation="sdpa"'))
+    if window is not None and 0 < window < m and rises_B.max() > 1:
+        raise _refusal("a window over padding between tokens", 'attn_implementation="sdpa"')
     token_Bn = token_Bm.index_select(1, torch.arange(n, device=device) + (filled - n))
     return replace(
         whole,
-        whole=False,
         cu_seqlens_q=_bounds(token_Bn.sum(1), n),
         cu_seqlens_k=_bounds(token_Bm.sum(1), m),
         order_q=_tokens_first(token_Bn),
@@ -265,7 +276,7 @@ def _parts(function: Callable[..., Any]) -> dict[str, Mapping[str, Any]]:
 
 def _whole(B: int, n: int, m: int, window: int | None, device: torch.device) -> Sequences:
     starts = torch.arange(B + 1, dtype=torch.int32, device=device)
-    return Sequences((B, n, m), window, starts * n, starts * m, whole=True)
+    return Sequences((B, n, m), window, starts * n, starts * m)
 
 
 def _bounds(tokens_B: Tensor, length: int) -> Tensor:
@@ -290,18 +301,10 @@ def _packed(sequences: Sequences, cu_seqlens_q: Tensor | None, cu_seqlens_k: Ten
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise ValueError("pyllama's attention in transformers: cu_seq_lens_q and cu_seq_lens_k must come together")
     if sequences.order_q is not None:
-        raise ValueError(_refusal("a batch both packed and padded", "either cu_seq_lens or an attention_mask"))
+        raise _refusal("a batch both packed and padded", "either cu_seq_lens or an attention_mask")
     B, n, m = sequences.shape
     bounds_q, bounds_k = cast(cu_seqlens_q, torch.int32), cast(cu_seqlens_k, torch.int32)
     return replace(sequences, shape=(1, B * n, B * m), cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads values
-def _by_positions(sequences: Sequences, position_ids: Tensor) -> Sequences:
-    """The sequences that a packed row's positions begin, as for flash attention; read by the first layer only."""
-    if sequences.by_positions is None:
-        sequences.by_positions = _split(sequences, position_ids[:, 1:] == position_ids.min())
-    return sequences.by_positions
 
 
 def _split(sequences: Sequences, starts_Bn: Tensor) -> Sequences:
@@ -309,7 +312,7 @@ def _split(sequences: Sequences, starts_Bn: Tensor) -> Sequences:
     B, n, _ = sequences.shape
     starts = nn.functional.pad(starts_Bn, (1, 0), value=True).expand(B, -1).flatten().nonzero().flatten()
     cu_seqlens = nn.functional.pad(starts, (0, 1), value=B * n).int()
-    return replace(sequences, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, whole=False)
+    return replace(sequences, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
 
 
 def _rows(x_BHnK: Tensor, order: Tensor | None) -> Tensor:
@@ -328,12 +331,13 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     kind, way_out = type(module).__name__, 'experts_implementation="grouped_mm"'
     for name, wanted in LAYOUT.items():
         if (found := getattr(module, name, wanted)) != wanted:
-            raise ValueError(_refusal(f"{kind} with {name} = {found}", way_out, "experts"))
-    if not isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
-        raise ValueError(_refusal(f"{kind} with the activation {type(module.act_fn).__name__}", way_out, "experts"))
+            raise _refusal(f"{kind} with {name} = {found}", way_out, "experts")
     gate = type(module)._apply_gate
     if gate.__module__ != ExpertsInterface.__module__:
-        raise ValueError(_refusal(f"{kind} with a gate of its own, {gate.__qualname__},", way_out, "experts"))
+        raise _refusal(f"{kind} with a gate of its own, {gate.__qualname__},", way_out, "experts")
+    act = getattr(module, "act_fn", None)
+    if not isinstance(act, (nn.SiLU, SiLUActivation)):
+        raise _refusal(f"{kind} with the activation {type(act).__name__}", way_out, "experts")
 
     x_TD, gate_up_EFD, down_EDF = _as_autocast(hidden_states, module.gate_up_proj, module.down_proj)
     rows, offsets, positions_TN = moe_dispatch(cast(top_k_index, torch.int32), module.num_experts)
@@ -351,5 +355,5 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype is torch.float64 else cast(tensor, dtype) for tensor in tensors)
 
 
-def _refusal(what: str, way_out: str, who: str = "attention") -> str:
-    return f"pyllama's {who} in transformers: {what} is not supported; use {way_out}"
+def _refusal(what: str, way_out: str, who: str = "attention") -> ValueError:
+    return ValueError(f"pyllama's {who} in transformers: {what} is not supported; use {way_out}")

@@ -58,11 +58,11 @@ def test_padding_is_seen_by_nobody(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "deepseek_v3"])
-@pytest.mark.parametrize("told_by", ["positions", "positions, with a cache", "cu_seq_lens"])
+@pytest.mark.parametrize("told_by", ["positions", "cu_seq_lens"])
 def test_packed_rows(family: str, told_by: str) -> None:
     """Against each sequence on its own."""
     model, ids = model_of(CONFIGS[family]), tokens(1, 11)
-    inputs = {"position_ids": POSITIONS, "use_cache": "cache" in told_by}
+    inputs = {"position_ids": POSITIONS, "use_cache": False}
     if told_by == "cu_seq_lens":
         bounds = torch.tensor([0, 4, 5, 11], dtype=torch.int64)
         inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 6, "max_length_k": 6}
@@ -80,7 +80,7 @@ def test_positions_of_a_packed_row_are_read_once() -> None:
     model = model_of(CONFIGS["llama"])
     use(model, "pyllama")
     with Calls("aten::nonzero") as reads:
-        model(tokens(1, 11), position_ids=POSITIONS, use_cache=True)
+        model(tokens(1, 11), position_ids=POSITIONS, use_cache=False)
     assert len(reads.arguments) == 1
 
 
@@ -105,9 +105,25 @@ def test_rows_packed_one_by_one(family: str) -> None:
     assert_same(*(outcome(model, name, ALL[:2], **inputs) for name in ("pyllama", REFERENCE)))
 
 
-def test_one_row_whose_positions_begin_late_is_one_sequence() -> None:
-    model = model_of(CONFIGS["llama"])
-    inputs = {"input_ids": tokens(1, 11), "position_ids": torch.arange(11)[None] + 7, "use_cache": True}
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("more", [{"use_cache": False}, {}, {"use_cache": False, "attention_mask": PADDED[2:]}])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        POSITIONS[0].tolist(),
+        [*range(7, 18)],
+        [0, *range(10)],
+        [0] * 11,
+        [1, 1, 1, 0, *range(1, 8)],
+        [*range(5, 9), *range(3, 10)],
+        [*range(11)][::-1],
+    ],
+    ids=str,
+)
+def test_positions_split_a_row_where_they_do_for_sdpa(family: str, more: dict[str, Any], positions: list[int]) -> None:
+    """At every step but 1, if there is neither a cache, as there is by default, nor a mask of padding."""
+    inputs = {"input_ids": tokens(1, 11), "position_ids": torch.tensor([positions]), **more}
+    model = model_of(CONFIGS[family])
     assert_same(*(outcome(model, name, ALL[:1], **inputs) for name in ("pyllama", REFERENCE)))
 
 

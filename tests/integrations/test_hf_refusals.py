@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hf_models import COMMON, CONFIGS, model_of, padding, tokens, use
-from torch import nn
+from hf_models import COMMON, CONFIGS, LATENT, model_of, padding, tokens, use
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
@@ -19,12 +24,13 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedConfig,
 )
 from transformers.masking_utils import create_causal_mask
 
-from pyllama.integrations.transformers import attention_forward, experts_forward
+from pyllama.integrations.transformers import Sequences, attention_forward, experts_forward, sequences_of
 
 
 def run_llama(**inputs: Any) -> None:
@@ -119,6 +125,14 @@ ELSEWHERE = {"position_bias": torch.zeros(1), "head_mask": torch.ones(4), "indic
             "the mask is for 3 rows of 5 queries and 5 keys, but query and key have 2 rows of 5 and 5",
         ),
         (run_window_over_holes, "a window over padding between tokens is not supported"),
+        *(
+            (
+                lambda w=w: run_config(MistralConfig(**COMMON, sliding_window=w)),
+                f"a sliding_window of {w} is not supported; use sliding_window=None in the model's config",
+            )
+            for w in (0, -1)
+        ),
+        (lambda: run_attention(sliding_window=0), "a sliding_window of 0 is not supported"),
         (
             lambda: run_attention(cu_seq_lens_q=torch.tensor([0, 5, 10])),
             "cu_seq_lens_q and cu_seq_lens_k must come together",
@@ -156,40 +170,103 @@ def test_refusals(call: Callable[[], None], message: str) -> None:
         call()
 
 
-def test_experts_with_a_gate_of_their_own_are_refused() -> None:
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Config, DeepseekV4Experts
+INDEXED = {**LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+DECODER = {"vocab_size": 61, "d_model": 32, "attention_dropout": 0.0}
+READERS = {
+    "deepseek_v32": {**INDEXED, "n_group": 2, "topk_group": 1},
+    "glm_moe_dsa": {**INDEXED, "n_group": 2, "topk_group": 1},
+    "axk2": INDEXED,
+    "hy_v4": INDEXED,
+    "doge": COMMON,
+    "xglm": {**DECODER, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4},
+    "trocr": {**DECODER, "decoder_ffn_dim": 48, "decoder_layers": 1, "decoder_attention_heads": 4},
+    "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 1, "n_head": 4},
+}
 
-    experts = DeepseekV4Experts(DeepseekV4Config(hidden_size=8, num_local_experts=2, moe_intermediate_size=4))
-    with pytest.raises(ValueError, match=r"a gate of its own, DeepseekV4Experts\._apply_gate, is not supported"):
+
+@pytest.mark.parametrize("family", READERS)
+def test_models_that_read_their_mask_are_refused(family: str) -> None:
+    """They index it, add to it, or ask for its dtype or size, instead of giving it to the attention."""
+    config = AutoConfig.for_model(family, **READERS[family])
+    refusal = 'pyllama\'s .* a model that reads its attention mask is not supported; use attn_implementation="eager"'
+    with pytest.raises((ValueError, AttributeError), match=refusal):
+        run_config(config)
+
+
+def sequences() -> Sequences:
+    return sequences_of(2, 5, 5, attention_mask=padding(5, (2, 5), (0, 5)).bool())
+
+
+def test_a_mask_stays_an_object_like_others() -> None:
+    mask = sequences()
+    assert not hasattr(mask, "dtype")
+    assert getattr(mask, "size", None) is None
+    for same in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to("cpu")):
+        assert same.shape == (2, 5, 5)
+        assert torch.equal(same.cu_seqlens_k, mask.cu_seqlens_k)
+        assert torch.equal(same.order_k, mask.order_k)
+    with pytest.raises(AttributeError, match="reads its attention mask"):
+        mask.dtype  # noqa: B018
+    for touch in (lambda: mask[:, 0], lambda: mask + 1, lambda: torch.ones(1) + mask):
+        with pytest.raises(ValueError, match="reads its attention mask"):
+            touch()
+
+
+def test_attributes_of_a_mask_in_a_compiled_function() -> None:
+    def shifted(x: Tensor, mask: Sequences) -> Tensor:
+        return x + mask.shape[1] + mask.ndim if not hasattr(mask, "dtype") else x
+
+    mask = sequences()
+    compiled = torch.compile(shifted, backend="aot_eager", fullgraph=True)
+    assert compiled(torch.zeros(1), mask).item() == 9
+
+
+@pytest.mark.parametrize("model", ["deepseek_v4.DeepseekV4", "minimax_m3_vl.MiniMaxM3VL"])
+def test_experts_with_a_gate_of_their_own_are_refused(model: str) -> None:
+    """MiniMax's have no act_fn besides."""
+    family, kind = model.split(".")
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    sizes = {"hidden_size": 8, "num_local_experts": 2, "intermediate_size": 4, "moe_intermediate_size": 4}
+    config = SimpleNamespace(**sizes, hidden_act="silu", swiglu_limit=7.0, swiglu_alpha=1.7)
+    experts = getattr(module, f"{kind}Experts")(config)
+    with pytest.raises(ValueError, match=rf"a gate of its own, {kind}Experts\._apply_gate, is not supported"):
         experts_forward(experts, torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return done.stdout + done.stderr
-
-
 def test_pyllama_does_not_import_transformers() -> None:
-    assert python("import sys, pyllama, pyllama.integrations; print('transformers' in sys.modules)") == "False\n"
+    code = "import sys, pyllama, pyllama.integrations; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout + done.stderr == "False\n"
+
+
+def without_transformers(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "transformers", None)
+
+
+def without_experts(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr("transformers.integrations.moe.ExpertsInterface")
+
+
+def with_its_own_experts(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr("transformers.modeling_utils.ALL_EXPERTS_FUNCTIONS")
 
 
 @pytest.mark.parametrize(
-    ("before", "cause"),
+    ("change", "cause"),
     [
-        ("import sys; sys.modules['transformers'] = None", "import of transformers halted"),
-        (
-            "import transformers.integrations.moe as moe; del moe.ExpertsInterface",
-            "cannot import name 'ExpertsInterface'",
-        ),
-        (
-            "from transformers import modeling_utils; del modeling_utils.ALL_EXPERTS_FUNCTIONS",
-            "takes no experts but its own",
-        ),
+        (without_transformers, "import of transformers halted"),
+        (without_experts, "cannot import name 'ExpertsInterface'"),
+        (with_its_own_experts, "takes no experts but its own"),
     ],
-    ids=["none", "no experts", "its own experts"],
 )
-def test_a_transformers_that_does_not_serve(before: str, cause: str) -> None:
-    said = python(f"{before}\nimport pyllama.integrations.transformers").splitlines()[-1]
-    assert said.startswith("ImportError: pyllama.integrations.transformers needs transformers 5.7 or newer (")
+def test_a_transformers_that_does_not_serve(
+    change: Callable[[pytest.MonkeyPatch], None], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "pyllama.integrations.transformers")
+    change(monkeypatch)
+    with pytest.raises(ImportError) as raised:
+        import_module("pyllama.integrations.transformers")
+    said = str(raised.value)
+    assert said.startswith("pyllama.integrations.transformers needs transformers 5.7 or newer (")
     assert cause in said
     assert said.endswith("pip install -U transformers")
