@@ -31,7 +31,7 @@ COLUMNS = {  # of the printed table: width and what a row has there
 
 def main(
     op: Annotated[
-        list[str] | None, typer.Option(help="An op or layer to measure. May be repeated. [default: all]")
+        list[str] | None, typer.Option(help="An op or layer to measure. May be repeated.", show_default="all")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few sizes of two models.")] = False,
     backward: Annotated[
@@ -40,7 +40,9 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Append each row to this file, as a line of JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw rooflines and bars to this PNG file.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Measure nothing: plot the rows of this file.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)} [default: what suits the device]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}", show_default="what suits the device")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Start no case after so many seconds.")] = float("inf"),
 ) -> None:
     """Measure ops on this machine's GPU; without one, their eager bodies on the CPU."""

@@ -340,3 +340,12 @@ def test_paths_of_users_that_there_are_not() -> None:
     ):
         result = CliRunner().invoke(app, command)
         assert (result.exit_code, result.stderr) == (1, "error: ~no-such-user/x: there is no home of this user\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [("generate", "the GPU if there is one"), ("convert", "each tensor's own"), ("fit", "what is free here")],
+)
+def test_help_says_what_is_chosen_where_nothing_is_said(command: str, default: str) -> None:
+    found = CliRunner().invoke(app, [command, "--help"], terminal_width=200, env={"COLUMNS": "200"})
+    assert f"[default: ({default})]" in found.output

@@ -26,8 +26,8 @@ notes = Console(stderr=True, highlight=False)
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 Source = Annotated[str, typer.Argument(help="A folder with a checkpoint, a Hugging Face Hub id, or 'demo'.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: the GPU if there is one]")]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 [default: what suits the device]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="the GPU if there is one")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16, float16", show_default="what suits the device")]
 IgnoreKey = Annotated[list[str] | None, typer.Option(help="A key of config.json to treat as absent. May be repeated.")]
 
 

@@ -31,7 +31,9 @@ def _numbers(text: str) -> list[int]:
 def convert(
     source: Source,
     folder: Annotated[str, typer.Argument(help="The folder to write; it must be empty or not be there.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 [default: each tensor's own]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16", show_default="each tensor's own")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of each file, as in 5GB or 500MB.")] = "5GB",
     ignore_config_key: IgnoreKey = None,
 ) -> None:
@@ -66,9 +68,9 @@ def inspect_command(
 @app.command(name="fit")
 def fit_command(
     source: Annotated[str, typer.Argument(help="As for inspect; also a folder with a config.json alone, or a shape.")],
-    memory: Annotated[str | None, typer.Option(help="As in 80GB or 24GiB [default: what is free here]")] = None,
+    memory: Annotated[str | None, typer.Option(help="As in 80GB or 24GiB", show_default="what is free here")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cuda or cpu [default: cuda with --memory, or if it is here]")
+        str | None, typer.Option(help="cuda or cpu", show_default="cuda with --memory, or if it is here")
     ] = None,
     dtype: DType = None,
     batch: Annotated[
@@ -79,7 +81,8 @@ def fit_command(
         typer.Option(parser=_numbers, metavar="N,N,...", help="Tokens; without it powers of two up to the model's."),
     ] = None,
     reserve: Annotated[
-        str | None, typer.Option(help="Left alone [default: 1GiB of a GPU's --memory, for CUDA itself; else nothing]")
+        str | None,
+        typer.Option(help="Left alone", show_default="1GiB of a GPU's --memory, for CUDA itself; else nothing"),
     ] = None,
     ignore_config_key: IgnoreKey = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
