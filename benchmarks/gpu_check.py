@@ -148,7 +148,7 @@ def steps(stage: str, out: Path, end: float) -> Iterator[Step]:
 
     if stage == "test":
         others = [TESTS / "ops" / "test_graphs.py", TESTS / "models" / "test_emulated.py", TESTS / "test_step.py"]
-        others += [TESTS / "test_extension.py", TESTS / "test_fit.py"]
+        others += [TESTS / "test_extension.py", TESTS / "test_fit.py", TESTS / "integrations" / "test_hf_kernels.py"]
         command = [
             *pytest,
             out / "tests.jsonl",
