@@ -116,7 +116,7 @@ def fit(
         raise ConfigError(f"{source} describes {len(config.layers):,} layers, and {MOST_LAYERS:,} are the most here")
     if checkpoint is not None:
         check_tensors(config, len(checkpoint.tensors))
-    model = empty_model(one_of_each(config), maxsize)  # as large as files say is allowed
+    model = empty_model(one_of_each(config), maxsize)  # its size was held against the files, if there are any
     parameters = of_all_layers(config, dict(model.named_parameters()))
     count = sum(parameter.numel() for parameter in parameters.values())
     if chosen is None:
