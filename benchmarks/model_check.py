@@ -34,7 +34,7 @@ from pyllama.batch import Batch
 from pyllama.bench.engines import random_model as bench_model
 from pyllama.cache import PAGE_SIZE, PagedCache, pages_for
 from pyllama.config import LayerConfig, ModelConfig, MoEConfig
-from pyllama.inspection.workspace import Use
+from pyllama.inspection.workspace import Use, cublas_workspace
 from pyllama.model import Model
 from pyllama.ops.registry import OPS, implementation
 
@@ -131,7 +131,7 @@ def compare_memory(model: Model) -> dict[str, Any]:
     """A row: bytes computed by `pyllama fit` and taken. The model is on a GPU, and nothing else of this process."""
     batch, context = FIT_CELL
     device, dtype = model.device, model.dtype
-    use = Use(model, dtype, device.type)
+    use = Use(model.config, dtype, device.type, cublas=cublas_workspace(device))
     computed = use.loaded(), use.generating(batch, context)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -72,18 +72,22 @@ class PagedCache:
                 raise
             raise MemoryError(too_large) from error
         self.num_pages = num_pages
-        self._free = list(reversed(range(num_pages)))
+        self._fresh = 0  # the first page that was never taken, nor those after it
+        self._returned: list[int] = []
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        return self.num_pages - self._fresh + len(self._returned)
 
     def allocate(self, pages: int) -> list[int]:
         """Takes `pages` page numbers out of the free ones; MemoryError when there are not that many."""
-        if pages > len(self._free):
-            raise MemoryError(f"{pages} cache pages asked for, {len(self._free)} of {self.num_pages} are free")
-        return [self._free.pop() for _ in range(pages)]
+        if pages > self.free_pages:
+            raise MemoryError(f"{pages} cache pages asked for, {self.free_pages} of {self.num_pages} are free")
+        again = [self._returned.pop() for _ in range(min(pages, len(self._returned)))]
+        fresh = range(self._fresh, self._fresh + pages - len(again))
+        self._fresh = fresh.stop
+        return [*again, *fresh]
 
     def free(self, pages: list[int]) -> None:
         """Gives pages back; each must have been allocated."""
-        self._free.extend(reversed(pages))
+        self._returned.extend(reversed(pages))

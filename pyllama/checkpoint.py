@@ -27,10 +27,10 @@ from pyllama.torch_file import MAX_DIMENSIONS, MAX_HEADER, NAMES, Stored, load_s
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 2**25  # bytes; DeepSeek-V3's has 9 MB
 
-# Of safetensors' names those that are weights as they are. Other types come with scales.
 MODEL_DTYPES = {  # that a model may have, by torch's names
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
+# Of safetensors' names those that are weights as they are. Other types come with scales.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT8 = "F8_E4M3"
 

@@ -76,14 +76,7 @@ class CachedContext:
         shared = [len(prompt) // PAGE_SIZE for prompt in prompts]
         pages = sum(full + n * (pages_for(s) - full) for s, full in zip(slots, shared, strict=True))
         self._cache = PagedCache(model.config, pages, model.device, model.dtype)
-        width = pages_for(max(slots))
-        table = []
-        for s, full in zip(slots, shared, strict=True):
-            prefix = self._cache.allocate(full)
-            for _ in range(n):
-                row = prefix + self._cache.allocate(pages_for(s) - full)
-                table.append(row + [0] * (width - len(row)))  # never read: beyond the sequence
-        table += [[0] * width] * (places - len(table))
+        block_table_BP = self._block_table(slots, shared, places)
         lengths = [len(prompt) for prompt in prompts for _ in range(n)]
         lengths += [0] * (places - len(lengths))  # so they stay, see `advance_`
         seq_lens_B = torch.tensor(lengths, dtype=torch.int32, device=model.device)
@@ -95,13 +88,26 @@ class CachedContext:
             positions=torch.empty_like(seq_lens_B),
             lengths=seq_lens_B,
             max_seqlen=1,
-            max_positions=width * PAGE_SIZE,
+            max_positions=block_table_BP.shape[1] * PAGE_SIZE,
             seq_lens=seq_lens_B,
-            block_table=torch.tensor(table, dtype=torch.int32, device=model.device),
+            block_table=block_table_BP,
             slots=torch.empty_like(seq_lens_B),
             page_size=PAGE_SIZE,
             counters=torch.zeros(places * max(kv_heads, 3), dtype=torch.int32, device=model.device),
         )
+
+    def _block_table(self, slots: Sequence[int], shared: Sequence[int], places: int) -> Tensor:
+        """int32 [B, pages], the pages of each place, which are taken here: for so many tokens of each prompt's samples,
+        the first `shared` pages being all samples'."""
+        width = pages_for(max(slots))
+        table = []
+        for s, full in zip(slots, shared, strict=True):
+            prefix = self._cache.allocate(full)
+            for _ in range(self._n):
+                row = prefix + self._cache.allocate(pages_for(s) - full)
+                table.append(row + [0] * (width - len(row)))  # never read: beyond the sequence
+        table += [[0] * width] * (places - len(table))
+        return torch.tensor(table, dtype=torch.int32, device=self._model.device)
 
     def prefill(self) -> Tensor:
         first = self._batch.block_table[: len(self._prompts) * self._n : self._n]

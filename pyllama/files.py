@@ -1,4 +1,4 @@
-"""Which files of a checkpoint's folder may be opened, since a folder may come from anybody.
+"""Which files of a checkpoint's folder may be opened, since a folder may come from anybody; and how a file is written.
 
 A name in a folder can be a pipe that never ends, a device, or a link to any file of this machine. Whatever reads
 files asks here first.
@@ -6,6 +6,7 @@ files asks here first.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Collection
@@ -30,6 +31,34 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(f"{path}: there is no home of this user") from error
+
+
+def target_file(path: str | Path) -> Path:
+    """The file that `write_text` may write: a new one, or one that it takes the place of.
+
+    Raises OSError where it cannot be one.
+    """
+    target = expanded(path).resolve()  # of a link the file that it leads to
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} to")
+    if target.exists() and not target.is_file():  # a folder, or a device, whose place it must not take
+        raise FileExistsError(f"{target} is not a file that could be written over")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be written to the folder {target.parent}")
+    return target
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes the whole text, or nothing: until then a file that was there stays as it is."""
+    target = target_file(path)
+    new = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with new.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        new.replace(target)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def check_file(file: Path, most: int | None = None) -> int:
@@ -80,7 +109,8 @@ def parse_size(name: str, size: int | str, least: int = 1) -> int:
     Raises ValueError for anything else, and for less than `least` bytes.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).upper())
-    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else -1
+    number = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else -1.0
+    count = int(number) if math.isfinite(number) else -1
     if count < least:
         raise ValueError(f"{name} must be a number of bytes, or one as in '5GB' or '500MiB', got {size!r}")
     return count

@@ -148,14 +148,19 @@ def parameter_dtypes(model: Model, dtype: torch.dtype) -> dict[str, torch.dtype]
     return {name: dtype if parameter.requires_grad else wider for name, parameter in model.named_parameters()}
 
 
-def empty_model(config: ModelConfig, tensors: int) -> Model:
-    """The model without memory. A mistaken size must not take minutes, so it is held against the files first."""
+def check_tensors(config: ModelConfig, tensors: int) -> None:
+    """Holds a model's size against how many tensors its files have."""
     experts = sum(layer.ffn.num_experts for layer in config.layers if isinstance(layer.ffn, MoEConfig))
     if len(config.layers) + experts > tensors:  # each is one tensor at least
         raise CheckpointError(
             f"config.json describes {len(config.layers)} layers and in them {experts} experts, "
             f"but the files hold only {tensors} tensors"
         )
+
+
+def empty_model(config: ModelConfig, tensors: int) -> Model:
+    """The model without memory. A mistaken size must not take minutes, so it is held against the files first."""
+    check_tensors(config, tensors)
     try:
         with torch.device("meta"), _NoRandomWeights():
             return Model(config)
@@ -235,11 +240,20 @@ def _download_weights(repo: str) -> Path:
     return folder
 
 
-def target_device(device: torch.device | str | None) -> torch.device:
-    """The device to load onto. Says once where ops have no kernel for it, and so will be slow."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device that models run on, whether it is here or not. Raises ValueError for any other."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a CPU or a CUDA device, got {device!r}") from error
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be a CPU or a CUDA device, got {chosen}")
+    return chosen
+
+
+def target_device(device: torch.device | str | None) -> torch.device:
+    """The device to load onto. Says once where ops have no kernel for it, and so will be slow."""
+    chosen = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cpu":
         return chosen
     if not torch.cuda.is_available():

@@ -79,6 +79,27 @@ def test_pages_are_handed_out_once() -> None:
     assert sorted(cache.allocate(3)) == sorted(first)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_came_back_is_handed_out_first(seed: int) -> None:
+    """In the order of a stack of all page numbers, the first on top."""
+    rng, stack = random.Random(seed), list(reversed(range(50)))
+    cache, held = PagedCache(CONFIG, 50, "meta", torch.float32), list[list[int]]()
+    for _ in range(200):
+        if held and rng.random() < 0.5:
+            pages = held.pop(rng.randrange(len(held)))
+            cache.free(pages)
+            stack.extend(reversed(pages))
+        elif (count := rng.randrange(9)) <= len(stack):
+            held.append(cache.allocate(count))
+            assert held[-1] == [stack.pop() for _ in range(count)]
+        assert cache.free_pages == len(stack)
+
+
+def test_pages_that_nobody_took_cost_nothing() -> None:
+    cache = PagedCache(CONFIG, 10**12, "meta", torch.float32)
+    assert (cache.allocate(3), cache.free_pages) == ([0, 1, 2], 10**12 - 3)
+
+
 def test_sizes() -> None:
     assert [pages_for(n) for n in (0, 1, 64, 65)] == [0, 1, 1, 2]
     cache = PagedCache(CONFIG, num_pages=3, device="cpu", dtype=torch.bfloat16)

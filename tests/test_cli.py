@@ -250,7 +250,7 @@ def no_template(path: Path) -> None:
         (["generate", "{}", "x", "--dtype", "int8"], None, "dtype must be one of"),
         (["generate", "{}", "x", "--show-routing"], None, "the model has no experts"),
         (["generate", "{}", "x", "--json", "--routing-picture", "{}/a.svg"], None, "the model has no experts"),
-        (["generate", "/no/such/folder", "x", "--routing-picture", "{}/b/a.svg"], None, "b/a.svg"),
+        (["generate", "/no/such/folder", "x", "--routing-picture", "{}/b/a.svg"], None, "b to write a.svg to"),
         (["chat", "{}"], no_template, "no chat template"),
         (["chat", "{}"], no_tokenizer, "no tokenizer.json, which a chat needs"),
     ],

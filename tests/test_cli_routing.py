@@ -123,6 +123,24 @@ def test_a_picture_of_a_model_with_an_awkward_name(model: Model, tmp_path: Path)
     }
 
 
+def test_where_no_picture_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is said before anything is loaded, and nothing is left."""
+    (tmp_path / "folder.svg").mkdir()
+
+    def error(source: str, file: Path) -> str:
+        flags = ["--max-new-tokens", "3", "--routing-picture", str(file)]
+        result = CliRunner().invoke(app, ["generate", source, "If the file", *flags])
+        assert (result.exit_code, result.stdout) == (1, "")
+        return " ".join(result.stderr.split())
+
+    assert "is not a file that could be written over" in error("demo", tmp_path / "folder.svg")
+    assert "there is no folder" in error("demo", tmp_path / "nowhere" / "load.svg")
+    assert "there is no folder" in error(str(tmp_path / "no model"), tmp_path / "load.svg")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "nothing can be written to the folder" in error("demo", tmp_path / "load.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.svg"]
+
+
 def cells(root: ElementTree.Element) -> dict[tuple[int, int], tuple[int, str, str | None]]:
     """By layer and expert: tokens, opacity, and the number in the cell."""
     found = {}

@@ -17,8 +17,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from pyllama.cli import app
+from pyllama.files import target_file
 from pyllama.inspection import Inspection, inspect
-from pyllama.inspection.page import MAPS, MAX_ROWS, render, target_file, write_page
+from pyllama.inspection.page import MAPS, MAX_ROWS, render, write_page
 from pyllama.inspection.report import facts, lines
 from pyllama.inspection.treemap import Rectangle, squarified
 from pyllama.inspection.view import KINDS, bounded, view_of

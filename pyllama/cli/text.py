@@ -16,6 +16,7 @@ import typer
 
 from pyllama.cli.app import Device, DType, IgnoreKey, Source, app, notes, one_line_errors, print_error, write
 from pyllama.cli.routing import ExpertLoad, picture, table
+from pyllama.files import target_file, write_text
 from pyllama.generation import generate as generate_text
 from pyllama.generation import stream
 from pyllama.loader import load
@@ -92,7 +93,7 @@ def generate(
     routing = show_routing or routing_picture is not None
     with one_line_errors():
         if routing_picture is not None:
-            routing_picture.touch()  # what cannot be written is an error now, not after the text
+            target_file(routing_picture)  # what cannot be written is an error now, not after the text
         model = load(source, device, dtype, ignore_config_key or ())
         text = sys.stdin.read() if prompt == "-" else prompt
         given: Any = [{"role": "user", "content": text}] if chat else text
@@ -102,8 +103,7 @@ def generate(
             made = generate_text(model, given, **options, use_cache=cache, routing=routing)
             completions = made if n > 1 else [made]
         if routing_picture is not None:
-            drawn = picture(ExpertLoad.of(model.config, completions), source)
-            routing_picture.write_text(drawn, encoding="utf-8")
+            write_text(routing_picture, picture(ExpertLoad.of(model.config, completions), source))
         if json_:
             typer.echo(json.dumps(_as_json(model, completions)))
             return

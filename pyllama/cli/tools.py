@@ -14,9 +14,10 @@ from pyllama import doctor
 from pyllama.bench import report
 from pyllama.cli.app import Device, DType, IgnoreKey, Source, app, notes, one_line_errors
 from pyllama.convert import convert as convert_checkpoint
+from pyllama.files import target_file
 from pyllama.inspection import fit_report, inspect
 from pyllama.inspection.fit import fit
-from pyllama.inspection.page import target_file, write_page
+from pyllama.inspection.page import write_page
 from pyllama.inspection.report import lines
 
 

@@ -10,20 +10,23 @@ from sys import maxsize
 import torch
 
 from pyllama.architectures import read_config
+from pyllama.architectures.reader import ConfigError
 from pyllama.bench.shapes import SHAPES
 from pyllama.cache import PAGE_SIZE, bytes_per_page, free_memory, pages_for
 from pyllama.checkpoint import LAYOUTS, Checkpoint, parse_dtype
 from pyllama.config import ModelConfig
-from pyllama.files import parse_size
+from pyllama.files import expanded, parse_size
 from pyllama.inspection.headers import open_headers
-from pyllama.inspection.workspace import Use
+from pyllama.inspection.workspace import Use, cublas_workspace, of_all_layers, one_of_each
 from pyllama.loader import (
     check_kernels_take,
+    check_tensors,
     configured_dtype,
     default_dtype,
     empty_model,
     local_folder,
     parameter_dtypes,
+    parse_device,
     read_folder,
     target_device,
 )
@@ -32,6 +35,7 @@ from pyllama.weights import WeightTable, plan
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 MOST_BATCH = 1024  # that is looked for
+MOST_LAYERS = 4096  # no model has a tenth, and of more the allocator alone would take many seconds
 SHORTEST = 1024  # context of the table, of models that have more
 # Of a GPU whose size is given: the CUDA context, kernels, what torch's allocator cannot use. As much as llama.cpp
 # leaves free on every GPU (its --fit-target, 1024 MiB); of a GPU that is here, what is free is known.
@@ -64,11 +68,12 @@ class Fit:
     reserve: int  # of it, that is left alone
     parameters: int
     weight_bytes: int
+    staged_bytes: int  # beside the weights, while loading converts them
     mapped_bytes: int  # of the weights, those that stay in their files, in the system's cache of which they are read
     cache_bytes_per_token: int
     max_positions: int  # the longest context that the model holds
     fits: bool  # a sequence of a page of the cache at least
-    left: int  # beside reserve and weights; below 0: what lacks
+    left: int  # beside reserve, weights and what loading takes; below 0: what lacks
     largest_context: int  # of one sequence
     largest_batches: dict[int, int]  # by context, `MOST_BATCH` at most
     cells: tuple[Cell, ...]
@@ -86,13 +91,14 @@ def fit(
 ) -> Fit:
     """Computes from headers and configuration what loading and generating takes; nothing is loaded.
 
-    source: a folder, with weights or with a config.json alone, a Hub id (of whose weights the headers alone are
-    fetched), "demo", or the name of a shape that `pyllama bench` knows. memory: the device's, in bytes or as in "80GB";
-    None: what is free of the device here. device: None is a GPU where there is one here or `memory` is given, else the
-    CPU. dtype: as for `pyllama.load`. contexts: of the table; None: powers of two up to the model's. reserve: of the
-    memory, not to be used; None: `RESERVE` of a GPU's given memory, else nothing.
+    source: a folder, with weights or with a config.json alone, a file of weights beside its config.json, a Hub id (of
+    whose weights the headers alone are fetched), "demo", or the name of a shape that `pyllama bench` knows. memory: the
+    device's, in bytes or as in "80GB"; None: what is free of the device here. device: None is a GPU where there is one
+    here or `memory` is given, else the CPU. dtype: as for `pyllama.load`. contexts: of the table; None: powers of two
+    up to the model's. reserve: of the memory, not to be used; None: `RESERVE` of a GPU's given memory, else nothing.
 
-    On a CPU the workspace is the least: bodies of ops take more while they run. Raises what `load` raises, but for
+    What is counted is generating with sampling; penalties, log-probabilities and experts' loads take more. On a CPU
+    the workspace is the least: bodies of ops take more while they run. Raises what `load` raises, but for
     weights that do not fit, and ValueError for sizes and contexts that are none.
     """
     target, free = _place(memory, device)
@@ -102,13 +108,23 @@ def fit(
     check_kernels_take(chosen, target)
     origin = _origin(source, ignore_config_keys)
     config, checkpoint = origin.config, origin.checkpoint
-    model = empty_model(config, maxsize if checkpoint is None else len(checkpoint.tensors))
-    parameters = dict(model.named_parameters())
+    if config.max_positions < 2:
+        raise ConfigError(
+            f"{source} holds {config.max_positions} token, prompt and new ones together: nothing can be generated"
+        )
+    if len(config.layers) > MOST_LAYERS:
+        raise ConfigError(f"{source} describes {len(config.layers):,} layers, and {MOST_LAYERS:,} are the most here")
+    if checkpoint is not None:
+        check_tensors(config, len(checkpoint.tensors))
+    model = empty_model(one_of_each(config), maxsize)  # its size was held against the files, if there are any
+    parameters = of_all_layers(config, dict(model.named_parameters()))
     count = sum(parameter.numel() for parameter in parameters.values())
     if chosen is None:
         chosen = default_dtype(origin.dtype, count, target, free - kept)
-    dtypes, mapped, staged = parameter_dtypes(model, chosen), 0, 0
+        check_kernels_take(chosen, target)
+    mapped = staged = 0
     if checkpoint is not None:
+        dtypes = of_all_layers(config, parameter_dtypes(model, chosen))
         parts = plan(
             origin.table, {name: parameter.shape for name, parameter in parameters.items()}, checkpoint.tensors
         )
@@ -117,12 +133,12 @@ def fit(
         else:
             of_files = [n for n, found in parts.items() if is_mapped(found, dtypes[n], checkpoint)]
             mapped = sum(parameters[name].numel() * dtypes[name].itemsize for name in of_files)
-    use, page, room = Use(model, chosen, target.type, staged), bytes_per_page(config, chosen), free - kept
-    weights = sum(use.weights)
+    use = Use(config, chosen, target.type, staged, cublas_workspace(target if memory is None else None))
+    page, room, weights = bytes_per_page(config, chosen), free - kept, sum(use.weights)
 
     def kept_bytes(context: int, batch: int) -> int:
         """Of weights and cache; the last token is given out and never computed."""
-        return weights + batch * pages_for(max(context - 1, 1)) * page
+        return weights + batch * pages_for(context - 1) * page
 
     def cell(context: int, batch: int) -> Cell:
         stays = kept_bytes(context, batch)
@@ -144,6 +160,7 @@ def fit(
         reserve=kept,
         parameters=count,
         weight_bytes=weights,
+        staged_bytes=staged,
         mapped_bytes=mapped,
         cache_bytes_per_token=page // PAGE_SIZE,
         max_positions=longest,
@@ -163,13 +180,7 @@ def _place(memory: int | str | None, device: torch.device | str | None) -> tuple
         if free == float("inf"):
             raise ValueError(f"the system does not say how much memory of {target} is free: say how much there is")
         return target, int(free)
-    try:
-        target = torch.device(device or "cuda")
-    except RuntimeError as error:
-        raise ValueError(f"device must be a CPU or a CUDA device, got {device!r}") from error
-    if target.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be a CPU or a CUDA device, got {target}")
-    return target, parse_size("memory", memory)
+    return parse_device(device or "cuda"), parse_size("memory", memory)
 
 
 @dataclass(frozen=True)
@@ -182,7 +193,7 @@ class _Origin:
 
 def _origin(source: str | Path, ignore_config_keys: Iterable[str]) -> _Origin:
     shape = source in SHAPES and not Path(source).exists()
-    folder = None if shape else local_folder(source)
+    folder = None if shape or expanded(source).is_file() else local_folder(source)
     if shape:
         values = SHAPES[str(source)]
         config, table = read_config(values, ignore_config_keys)
@@ -217,9 +228,12 @@ def _largest(size: Callable[[int], int], room: int, most: int) -> int:
     if (last := size(most)) <= room:
         return most
     low, high = (1, first), (most, last)
-    while high[0] - low[0] > 1:  # sizes grow evenly, or nearly so
-        guess = low[0] + (room - low[1]) * (high[0] - low[0]) // (high[1] - low[1])
+    even = True
+    while (apart := high[0] - low[0]) > 1:
+        # Sizes grow evenly, or nearly so: where they do, a few guesses do; where they do not, halving is sure.
+        guess = low[0] + ((room - low[1]) * apart // (high[1] - low[1]) if even else apart // 2)
         middle = min(max(guess, low[0] + 1), high[0] - 1)
         found = middle, size(middle)
         low, high = (found, high) if found[1] <= room else (low, found)
+        even = 2 * (high[0] - low[0]) <= apart or not even
     return low[0]

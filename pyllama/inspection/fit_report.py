@@ -45,10 +45,14 @@ def _facts(fit: Fit) -> Iterator[tuple[str, str]]:
         "memory",
         f"{size(fit.memory)}, of which {size(fit.reserve)} are left alone" if fit.reserve else size(fit.memory),
     )
-    if fit.left < 0:
-        yield "does not fit", f"the weights alone need {size(-fit.left)} more than there is"
+    lacking = fit.weight_bytes + fit.reserve - fit.memory
+    if lacking > 0:
+        yield "does not fit", f"the weights alone need {size(lacking)} more than there is"
         return
-    yield "left", f"{size(fit.left)} beside the weights"
+    if fit.left < 0:
+        yield "does not fit", f"loading the weights takes {size(-fit.left)} more than there is"
+        return
+    yield "left", f"{size(fit.left)} beside the weights{' and what converting them takes' if fit.staged_bytes else ''}"
     if not fit.fits:
         yield "does not fit", "nothing can be generated: cache and workspace need more than is left"
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from pyllama.files import expanded, printable
+from pyllama.files import printable, write_text
 from pyllama.inspection import Inspection
 from pyllama.inspection.blocks import diagram_of
 from pyllama.inspection.report import cells, facts, share, size
@@ -32,30 +31,9 @@ MAX_TEXT = 1000
 MAX_OPEN = 40  # rows of the table; of more only the first levels are not folded
 
 
-def target_file(path: str | Path) -> Path:
-    """The file that a page may be written to: a new one, or one that it takes the place of.
-
-    Raises OSError where it cannot be one.
-    """
-    target = expanded(path).resolve()  # of a link the file that it leads to
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} to")
-    if target.exists() and not target.is_file():  # a folder, or a device, whose place it must not take
-        raise FileExistsError(f"{target} is not a file that could be written over")
-    return target
-
-
 def write_page(inspection: Inspection, path: str | Path) -> None:
-    """Writes the whole page, or nothing: until then a file that was there stays as it is."""
-    target, text = target_file(path), render(inspection)
-    new = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with new.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        new.replace(target)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    """Writes the whole page, or nothing."""
+    write_text(path, render(inspection))
 
 
 def render(inspection: Inspection) -> str:
