@@ -16,6 +16,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # which rounds what products give, but not the weight
+        if torch._C._is_any_autocast_enabled():  # which rounds what products give, but not the weight
             return cast(rms_norm(cast(x, self.weight.dtype), self.weight, self.eps), x.dtype)
         return rms_norm(x, self.weight, self.eps)
