@@ -50,9 +50,8 @@ class Cell:
     context: int
     batch: int
     cache_bytes: int
-    workspace_bytes: (
-        int | None
-    )  # activations, logits, tables, state, and what the allocator cannot use; None: see below
+    # Activations, logits, tables, state, and what the allocator cannot use; None where it does not matter any more.
+    workspace_bytes: int | None
     bytes: int  # in all; where weights and cache alone are too much, these two
     fits: bool
 
