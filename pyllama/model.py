@@ -140,7 +140,7 @@ class Model(nn.Module):
         Of a model that FSDP2 has sharded, every process must call it, and the first one writes; of any other model one
         process alone. Raises ValueError for a model that was not loaded and has no `origin`, FileExistsError where
         something is in the folder, FileNotFoundError where the one it was loaded from is gone, OSError where the disk
-        has no room.
+        has no room, and RuntimeError in the processes that do not write where the one that does cannot.
         """
         for module in self.modules():
             if reshard := getattr(module, "reshard", None):  # FSDP2's: or parameters may be whole, and not the trained

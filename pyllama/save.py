@@ -14,7 +14,8 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -162,7 +163,7 @@ def save_model(
         raise ValueError(
             "the model was not loaded, so it has no config.json: set model.origin to a pyllama.save.Origin"
         )
-    target, chosen, limit = new_target(folder), parse_dtype(dtype), parse_size("max_shard_size", max_shard_size)
+    chosen, limit = parse_dtype(dtype), parse_size("max_shard_size", max_shard_size)
     names = find_family(dict(origin.values)).weights(config)
     sharded = any(map(is_sharded, parameters.values()))
     pieces = []
@@ -170,14 +171,51 @@ def save_model(
         by_expert = parameter.ndim == 3 and not sharded  # a layer's experts are too many for one piece
         parts = enumerate(parameter) if by_expert else [(None, parameter)]
         pieces += [_piece(names, config, name, part, chosen, expert) for expert, part in parts]
-    if sharded and dist.get_rank() > 0:  # gives its parts, in the order in which the first process asks for them
-        for piece in chain.from_iterable(_shards(pieces, limit)):
-            piece.make()
+    own = next(iter(parameters.values())).dtype
+
+    def write(pieces: Sequence[Piece]) -> None:
+        write_checkpoint(new_target(folder), pieces, limit, origin, config, chosen or own, "saving")
+
+    if not sharded:
+        write(pieces)
+    elif dist.get_rank() == 0:
+        _write_asking(pieces, write)
     else:
-        own = next(iter(parameters.values())).dtype
-        write_checkpoint(target, pieces, limit, origin, config, chosen or own, "saving")
-    if sharded:
-        dist.barrier()
+        _give(list(chain.from_iterable(_shards(pieces, limit))))
+
+
+def _write_asking(pieces: Sequence[Piece], write: Callable[[Sequence[Piece]], None]) -> None:
+    """In the first process: asks the others for their parts of each piece, and tells them how it ended."""
+
+    def asking(make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        _told("next")
+        return make()
+
+    end = "failed"
+    try:
+        write([replace(piece, make=partial(asking, piece.make)) for piece in pieces])
+        end = "done"
+    finally:
+        _told(end)
+
+
+def _give(pieces: Sequence[Piece]) -> None:
+    """In the others: gives what is asked for. pieces: in the order in which they are written."""
+    for piece in pieces:
+        if _told() == "failed":
+            break
+        piece.make()
+    else:
+        if _told() == "done":
+            return
+    raise RuntimeError("the first process could not save the model; its own error says why")
+
+
+def _told(word: str | None = None) -> str | None:
+    """What the first process says to all."""
+    words = [word]
+    dist.broadcast_object_list(words)
+    return words[0]
 
 
 def is_sharded(tensor: Tensor) -> bool:

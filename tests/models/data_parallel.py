@@ -111,6 +111,10 @@ def work(rank: int, folder: Path) -> None:
     with torch.no_grad():  # which leaves parameters whole, in bfloat16
         model(batches()[0][0])
     model.save(folder / "mixed again")
+    try:
+        model.save(folder / "mixed")  # where something is
+    except (OSError, RuntimeError) as error:
+        (folder / f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
     if rank == 0:
         torch.save(losses, folder / "mixed.losses")
     dist.destroy_process_group()

@@ -60,3 +60,9 @@ def test_mixed_precision_trains_what_is_saved(results: Path) -> None:
         assert torch.equal(weight, again[name]), name
         if weight.ndim > 1:
             assert not torch.equal(weight, weight.bfloat16().float()), name
+
+
+def test_all_processes_hear_that_one_cannot_save(results: Path) -> None:
+    assert "FileExistsError" in (results / "0.error").read_text()
+    expected = "RuntimeError: the first process could not save the model; its own error says why"
+    assert (results / "1.error").read_text() == expected
