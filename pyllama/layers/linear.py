@@ -47,7 +47,7 @@ def normed_argmax_(
 class Linear(nn.Linear):
     """A linear layer: torch's, with the project's products. dropout: of what `add_to` adds, in training."""
 
-    def __init__(self, features: int, out_features: int, bias: bool, dropout: float = 0.0) -> None:
+    def __init__(self, features: int, out_features: int, bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__(features, out_features, bias)
         self.dropout = dropout
 
