@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,4 +118,6 @@ def work(rank: int, folder: Path) -> None:
         (folder / f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
     if rank == 0:
         torch.save(losses, folder / "mixed.losses")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # all is on disk; at an ordinary end threads that torch has not joined yet may abort the process
