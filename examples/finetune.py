@@ -303,6 +303,7 @@ def main(
         names = {"checkpoint": source, "text_file": str(text)}
         run(Tuner(model, options), training, kept, StateFile.beside(target, identity), target, names)
     if dist.is_initialized():
+        dist.barrier()  # nobody goes while another still needs it
         dist.destroy_process_group()
 
 
