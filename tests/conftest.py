@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from emulated import BUILD, EMULATOR, SCHEDULES, Emulator
 from tiny import byte_level_tokenizer, write_checkpoint
 
@@ -43,3 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Model:
     return pyllama.load(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For products so small that they gain nothing from a second, and wait for it on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -6,12 +6,10 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -27,13 +25,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 TOLD = re.compile(r"layer (\d+), expert (\d+): (\d+) tokens, (\d+\.\d\d) of the mean")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products of this size gain nothing from a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

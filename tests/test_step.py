@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,14 +27,7 @@ from pyllama.sampling import SamplingParams
 from pyllama.step import Decoding, NewToken
 from pyllama.text import Chunk
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products of this size gain nothing from a second, and wait for it on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=WAYS)
